@@ -1,0 +1,49 @@
+# make env        build the environment in .venv (reused while the pins do not change)
+# make quickstart from nothing to an EMO-pretrained checkpoint and its curves
+# make test       everything that needs no GPU and ends within minutes
+# make test-slow  what takes longer; run before a release
+# make check      what CI runs: lint, then test
+# make format     write what lint asks for
+SHELL := /bin/sh
+VENV := .venv
+VPY := $(VENV)/bin/python
+STAMP := $(VENV)/installed
+# One thread per rank: the tests and the quickstart run two ranks on as few as two cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: env quickstart test test-slow check lint format clean
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@python=$$(tools/find_python.sh) || exit 1; \
+	test -x $(VPY) || "$$python" -m venv $(VENV)
+	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# The two released versions of the single-GPU package are oracles of the tests.
+	@for version in 0.0.1 0.0.3; do \
+	    $(VPY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	        --target $(VENV)/oracles/EMOLoss-$$version EMOLoss==$$version || exit 1; \
+	done
+	@touch $@
+
+quickstart: env
+	bash examples/quickstart/run_all.sh
+
+test: env
+	$(VPY) -m pytest -m "not slow and not gpu"
+
+test-slow: env
+	$(VPY) -m pytest -m "slow and not gpu"
+
+check: lint test
+
+lint: env
+	$(VPY) -m ruff check .
+	$(VPY) -m ruff format --check .
+
+format: env
+	$(VPY) -m ruff check --fix .
+	$(VPY) -m ruff format .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache build *.egg-info
