@@ -1,0 +1,210 @@
+"""Single tensors and the saved arguments of Megatron's torch_dist checkpoints, without Megatron.
+
+Such a checkpoint holds pickles, and unpickling runs what the file asks for. Here the index is read
+by an unpickler that knows torch's index classes only, and everything else with `weights_only=True`,
+so that a checkpoint from elsewhere can be looked into without being trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import importlib
+import io
+import pickle
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_STATE = "common_state/shard_0_1"
+"""Where Megatron >= 0.19 keeps what is no tensor, a list of one dictionary; before: common.pt."""
+
+
+def resolve_checkpoint_dir(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:
+    """Return the folder of one iteration, from it or from the run's folder that holds it.
+
+    Args:
+        iteration: which one; by default what latest_checkpointed_iteration.txt names.
+
+    Raises:
+        FileNotFoundError: no such folder, tracker or iteration.
+        ValueError: an unreadable tracker, or a checkpoint in another format.
+    """
+    root = Path(checkpoint_dir)
+    if not root.is_dir():
+        raise FileNotFoundError(f"checkpoint {root}: no such folder")
+    if iteration is None and (root / ".metadata").is_file():
+        return root
+    folder = root / _iteration_folder(root, iteration)
+    if not folder.is_dir():
+        there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        raise FileNotFoundError(f"checkpoint {root}: no folder {folder.name}, it holds {there}")
+    if not (folder / ".metadata").is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        raise ValueError(
+            f"checkpoint {folder}: expected the torch_dist format (a .metadata file), which "
+            f"--ckpt-format torch_dist writes; found {found}"
+        )
+    return folder
+
+
+def tensor_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the global shape of every tensor in one iteration's folder, by its key."""
+    items = _SafeReader(folder).read_metadata().state_dict_metadata.items()
+    return {key: tuple(item.size) for key, item in items if isinstance(item, TensorStorageMetadata)}
+
+
+def read_tensor(folder: str | Path, key: str) -> Tensor:
+    """Return one tensor, whole, in its stored dtype on the CPU; nothing else is read.
+
+    Needs no process group and runs no collective.
+
+    Raises:
+        KeyError: no tensor of that name.
+        ValueError: an index that holds more than torch's own classes, a damaged file.
+    """
+    reader = _SafeReader(folder)
+    item = reader.read_metadata().state_dict_metadata[key]
+    if not isinstance(item, TensorStorageMetadata):
+        raise KeyError(key)
+    tensor = torch.empty(item.size, dtype=item.properties.dtype)
+    _load(reader, {key: tensor})
+    return tensor
+
+
+def read_arguments(folder: str | Path) -> argparse.Namespace | None:
+    """Return the Megatron arguments saved in one iteration's folder, None if none can be read.
+
+    Objects of classes that torch does not hold safe (Megatron's enums, say) come back as empty
+    stand-ins; numbers, strings and dtypes as they are.
+    """
+    legacy = Path(folder) / "common.pt"
+    try:
+        if legacy.is_file():
+            common = _load_inert(io.BytesIO(legacy.read_bytes()))
+        else:
+            common = _load(_SafeReader(folder), {COMMON_STATE: io.BytesIO()})[COMMON_STATE][0]
+        arguments = common["args"]
+    except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
+    return arguments if isinstance(arguments, argparse.Namespace) else None
+
+
+def _iteration_folder(root: Path, iteration: int | None) -> str:
+    if iteration is not None:
+        return f"iter_{iteration:07d}"
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        raise FileNotFoundError(
+            f"checkpoint {root}: expected {TRACKER} or .metadata in it, found "
+            f"{sorted(entry.name for entry in root.iterdir())}"
+        )
+    text = tracker.read_text().strip()
+    if text != "release" and not text.isdecimal():
+        raise ValueError(f"{tracker}: expected an iteration or 'release', found {text!r}")
+    return text if text == "release" else f"iter_{int(text):07d}"
+
+
+def _load(reader: _SafeReader, state: dict[str, Any]) -> dict[str, Any]:
+    """Fill `state`: tensors in place, other objects in the dictionary that is returned."""
+    planner = _SafePlanner()
+    with warnings.catch_warnings():
+        # It is said even when no_dist asks for it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            dcp.load(state, storage_reader=reader, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            causes = "; ".join(str(failure[0]) for failure in error.failures.values())
+            raise ValueError(
+                f"checkpoint {reader.path}: reading {list(state)}: {causes}"
+            ) from error
+    return planner.state_dict
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """torch's reader with an index unpickler that admits index classes only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = cast(Metadata, _IndexUnpickler(io.BytesIO(path.read_bytes())).load())
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise ValueError(f"{path}: expected torch's checkpoint index: {error}") from error
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Admits the dataclasses and enums of torch's checkpoint index, sizes, dtypes, and paths."""
+
+    _CLASS_MODULES = tuple(
+        f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem")
+    )
+    _OLDER_MEGATRON = {
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    }
+    _OTHERS = {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+        ("pathlib._local", "PosixPath"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._OLDER_MEGATRON:
+            return SimpleNamespace
+        if (module, name) in self._OTHERS:
+            return getattr(importlib.import_module(module), name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module in self._CLASS_MODULES:
+            found = getattr(importlib.import_module(module), name)
+            is_enum = isinstance(found, type) and issubclass(found, enum.Enum)
+            if is_enum or (isinstance(found, type) and dataclasses.is_dataclass(found)):
+                return found
+        raise pickle.UnpicklingError(f"found {module}.{name}, which has no place there")
+
+
+class _SafePlanner(dcp.DefaultLoadPlanner):
+    """torch's planner, reading objects that are no tensors with weights_only=True."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = _load_inert(value)
+
+
+def _load_inert(file: io.BytesIO) -> Any:
+    """Load with weights_only=True; each class that is not allowed becomes an empty stand-in."""
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
+    allowed = [pair for pair in stand_ins if pair[1] != "argparse.Namespace"]
+    file.seek(0)
+    with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _StandIn:
+    """Takes any construction and keeps nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...

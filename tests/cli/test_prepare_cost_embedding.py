@@ -1,0 +1,108 @@
+"""tools/prepare_cost_embedding.py through its main()."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_emo.cost_embedding import CostEmbeddingInfo, load_cost_embedding_shard, unit_rows
+
+
+@pytest.fixture(scope="module")
+def main(load_tool):
+    return load_tool("prepare_cost_embedding").main
+
+
+@pytest.fixture
+def head(tmp_path) -> torch.Tensor:
+    """A matrix, also in the file head.safetensors."""
+    weight = torch.randn(20, 6)
+    weight[4] = 0.0
+    save_file({"lm_head.weight": weight, "bias": weight[:, 0].contiguous()}, tmp_path / "head")
+    return weight
+
+
+def test_a_table_is_made_described_and_verified(tmp_path, head, main, capsys):
+    output = str(tmp_path / "table.safetensors")
+    main(["--from-safetensors", f"{tmp_path}/head:lm_head.weight", "--output", output])
+    made = capsys.readouterr().out
+    main(["--info", output])
+    described = capsys.readouterr().out
+    main(["--verify", output])
+    verified = capsys.readouterr().out
+    assert torch.equal(load_file(output)["cost_embedding"], unit_rows(head))
+    info = CostEmbeddingInfo.from_file(output)
+    assert (info.vocab_size, info.dim, info.num_zero_rows) == (20, 6, 1)
+    for shown in (made, described, verified):
+        assert info.sha256 in shown
+    assert "mean cosine" in made
+
+
+def test_options_reach_the_file(tmp_path, head, main):
+    output = str(tmp_path / "table.safetensors")
+    source = ["--from-safetensors", f"{tmp_path}/head:lm_head.weight"]
+    options = ["--dtype", "bf16", "--no-normalize", "--vocab-size", "16"]
+    main([*source, "--output", output])
+    main([*source, "--output", output, *options, "--overwrite"])
+    assert torch.equal(load_file(output)["cost_embedding"], head[:16].bfloat16())
+    settings = {"vocab_start_index": 5, "vocab_end_index": 20, "vocab_size": 16}
+    shard = load_cost_embedding_shard(output, **settings)
+    expected = unit_rows(head[5:16].bfloat16())
+    assert torch.equal(shard, torch.cat([expected, torch.zeros(4, 6)]))
+
+
+def test_a_model_folder_with_its_tokenizer_gives_fingerprint_rows_and_neighbours(
+    tmp_path, main, capsys
+):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    ids = {"<unk>": 0, "<s>": 1, "cat": 2, "dog": 3, "sea": 4, "ice": 5}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>")),
+        unk_token="<unk>",
+    ).save_pretrained(tmp_path / "model")
+    config = transformers.GPT2Config(
+        vocab_size=8,
+        n_embd=4,
+        n_layer=1,
+        n_head=1,
+        n_positions=4,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    model.transformer.wte.weight.data[3] = 2 * model.transformer.wte.weight.data[2]
+    model.save_pretrained(tmp_path / "model")
+    output = str(tmp_path / "table.safetensors")
+    capsys.readouterr()
+    main(["--from-hf", str(tmp_path / "model"), "--output", output])
+    lines = capsys.readouterr().out.splitlines()
+    info = CostEmbeddingInfo.from_file(output)
+    assert info.vocab_size == 6 and len(info.tokenizer_fingerprint) == 64
+    assert any(line.split()[:3] == ["cat", "dog", "1.00"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--info", "{folder}/nowhere"], "nowhere: no such file"),
+        (["--verify", "{folder}/head"], "head: format: expected megatron_emo.cost_embedding"),
+        (["--from-safetensors", "{folder}/head:bias"], "--output: expected a path"),
+        (["--from-hf", "{folder}", "--output", "{folder}/o"], "--from-hf .*config.json"),
+        (["--from-checkpoint", "{folder}", "--output", "{folder}/o"], "expected latest_check"),
+        (["--from-checkpoint", "{folder}", "--output", "{folder}/head"], "give --overwrite"),
+        (["--from-safetensors", "{folder}/head:bias", "--output", "{folder}/o"], "a matrix"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, head, main, argv, message):
+    with pytest.raises(SystemExit, match=f"^prepare_cost_embedding: .*{message}") as caught:
+        main([word.format(folder=tmp_path) for word in argv])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_is_shown(main, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "--from-hf" in capsys.readouterr().out
