@@ -1,4 +1,5 @@
-"""Settings of an objective, of the cost embedding and of the schedule, checked once, where they are made."""
+"""Settings of an objective, of the cost embedding and of the schedule, checked once, where they
+are made."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class ObjectiveConfig:
     half: bool | None = None
     """The factor 1/2 in front. On for emo1, off for emo2; EMOLoss <= 0.0.2 has it on for both."""
     detach_target: bool | None = None
-    """Count the target's own probability as a constant in d (gt_q in the released code): D = d + q_t."""
+    """Count the target's own probability as a constant in d (gt_q in the released code): D = d +
+    q_t."""
     ratio_eps: float | None = None
     """Added to the denominator of the detached ratio (default 1e-10, the released value)."""
     emo_scale: float | None = None
@@ -60,20 +62,22 @@ class CostEmbeddingConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """When the objective takes over from maximum likelihood; a function of the iteration alone, so a
-    resumed run continues it."""
+    """When the objective takes over from maximum likelihood; a function of the iteration alone, so
+    a resumed run continues it."""
 
     start_iter: int = 0
     """Last iteration of plain MLE; the objective's share is above 0 from the next one on."""
     ramp_iters: int = 0
-    """Iterations over which the objective's share grows linearly from 0 to 1; 0 switches at once."""
+    """Iterations over which the objective's share grows linearly from 0 to 1; 0 switches at
+    once."""
 
     def __post_init__(self) -> None:
         _check_range("start_iter", self.start_iter, low=0)
         _check_range("ramp_iters", self.ramp_iters, low=0)
 
     def share(self, iteration: int) -> float:
-        """Return the objective's share in [0, 1] at a 1-based training iteration; the rest is MLE."""
+        """Return the objective's share in [0, 1] at a 1-based training iteration; the rest is
+        MLE."""
         past = iteration - self.start_iter
         if past <= 0:
             return 0.0

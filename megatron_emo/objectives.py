@@ -27,7 +27,8 @@ from megatron_emo.config import ObjectiveConfig
 
 
 class ObjectiveTerms(NamedTuple):
-    """What an objective gives for each token; all three have the shape of `m`, none carries gradient."""
+    """What an objective gives for each token; all three have the shape of `m`, none carries
+    gradient."""
 
     loss: Tensor
     mle_weight: Tensor
@@ -49,7 +50,8 @@ class Objective:
     """Whether d enters the loss; without it no cost embedding is needed."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
-    """The loss is (1 - share) m + share f: a schedule that starts from MLE raises it from 0 to 1."""
+    """The loss is (1 - share) m + share f: a schedule that starts from MLE raises it from 0 to
+    1."""
 
     def __call__(self, m: Tensor, q_t: Tensor, d: Tensor) -> ObjectiveTerms:
         terms = self.function(m, q_t, d, **self.settings)
@@ -118,8 +120,8 @@ def emo2(
 ) -> ObjectiveTerms:
     """EMO-anchored EMO: loss s D + w m with w = min(D / (m + eps), w_max) detached, s = emo_scale.
 
-    With `detach_target` D tends to 1, not 0, as q_t tends to 1: w grows without bound and the gradient
-    does not vanish on tokens already learnt. `build_objective` warns about that pair.
+    With `detach_target` D tends to 1, not 0, as q_t tends to 1: w grows without bound and the
+    gradient does not vanish on tokens already learnt. `build_objective` warns about that pair.
     """
     cost = _cost_value(q_t, d, detach_target)
     weight = (cost / (m + ratio_eps)).clamp(max=weight_max)
@@ -135,7 +137,8 @@ def mixce(m: Tensor, q_t: Tensor, d: Tensor, *, eta: float) -> ObjectiveTerms:
 
 
 def tailr(m: Tensor, q_t: Tensor, d: Tensor, *, gamma: float, weight_min: float) -> ObjectiveTerms:
-    """TaiLr (Ji et al., ICLR 2023): loss clamp(q_t / (gamma + (1 - gamma) q_t), weight_min, 1) m."""
+    """TaiLr (Ji et al., ICLR 2023): loss clamp(q_t / (gamma + (1 - gamma) q_t), weight_min, 1)
+    m."""
     weight = _tailr_weight(q_t, gamma, weight_min)
     return ObjectiveTerms(weight * m, weight, torch.zeros_like(m))
 
@@ -153,8 +156,10 @@ def tvd(
 
 
 def focal(m: Tensor, q_t: Tensor, d: Tensor, *, gamma: float) -> ObjectiveTerms:
-    """Focal loss (Lin et al., ICCV 2017): (1 - q_t)^gamma m, not detached, gradient in closed form."""
-    # -expm1(-m) is 1 - q_t without cancellation; the floor keeps 0^(gamma - 1) finite for gamma < 1.
+    """Focal loss (Lin et al., ICCV 2017): (1 - q_t)^gamma m, not detached, gradient in closed
+    form."""
+    # -expm1(-m) is 1 - q_t without cancellation; the floor keeps 0^(gamma - 1) finite for gamma <
+    # 1.
     miss = (-torch.expm1(-m)).clamp(min=torch.finfo(m.dtype).tiny)
     modulation = miss.pow(gamma)
     weight = modulation + gamma * miss.pow(gamma - 1.0) * q_t * m
@@ -205,7 +210,8 @@ def build_objective(name: str | ObjectiveConfig = "emo1", **settings: Any) -> Ob
 
     Args:
         name: a key of `OBJECTIVES`, or a whole `ObjectiveConfig`.
-        settings: fields of `ObjectiveConfig`; what is left out or None takes the objective's default.
+        settings: fields of `ObjectiveConfig`; what is left out or None takes the objective's
+            default.
 
     Raises:
         ValueError: unknown name, a setting the objective does not have, or a value out of range.
@@ -228,8 +234,8 @@ def build_objective(name: str | ObjectiveConfig = "emo1", **settings: Any) -> Ob
     bound = {**entry.defaults, **given}
     if config.name == "emo2" and bound["detach_target"] and math.isinf(bound["weight_max"]):
         warnings.warn(
-            "emo2 with detach_target and no weight_max keeps a gradient of order 1 on tokens that are "
-            "already learnt (D/m grows like 1/m); set weight_max or leave detach_target off",
+            "emo2 with detach_target and no weight_max keeps a gradient of order 1 on tokens that "
+            "are already learnt (D/m grows like 1/m); set weight_max or leave detach_target off",
             ObjectiveWarning,
             stacklevel=2,
         )

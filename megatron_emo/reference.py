@@ -1,7 +1,7 @@
 """Every objective on full logits, equation by equation, by autograd: the truth for the fast paths.
 
-Slow and memory-hungry on purpose; written independently of `objectives` and `loss`, and imported only
-by tests. Equation numbers of the paper could not be checked, so equations are written out.
+Slow and memory-hungry on purpose; written independently of `objectives` and `loss`, and imported
+only by tests. Equation numbers of the paper could not be checked, so equations are written out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class ReferenceOutput(NamedTuple):
 
 
 def cost_matrix(cost_embedding: Tensor) -> Tensor:
-    """Return C [V, V], C_ij = 1 - cos(E_i, E_j); zero rows cost 1 to all others, the diagonal is 0."""
+    """Return C [V, V], C_ij = 1 - cos(E_i, E_j); zero rows cost 1 to all others, the diagonal is
+    0."""
     norms = cost_embedding.norm(dim=1, keepdim=True)
     unit = torch.where(norms > 0, cost_embedding / torch.where(norms > 0, norms, 1.0), 0.0)
     cost = 1.0 - unit @ unit.T

@@ -12,7 +12,7 @@ import torch
 # Spawned ranks import the pool by name, and inherit this path.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from distributed_pool import DistributedPool  # noqa: E402
+from distributed_pool import pool_of  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,12 +27,7 @@ def _pools() -> Iterator[dict]:
 def run_distributed(_pools: dict) -> Callable:
     """Return run_distributed(world_size) -> run(fn, **kwargs) on that many gloo ranks."""
 
-    def pool_of(world_size: int) -> Callable[..., None]:
-        if world_size not in _pools:
-            _pools[world_size] = DistributedPool(world_size)
-        return _pools[world_size].run
-
-    return pool_of
+    return lambda world_size: pool_of(_pools, world_size).run
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""Long-lived gloo ranks for tests: a further test costs milliseconds, not a fresh import of torch per rank.
+"""Long-lived gloo ranks for tests: a further test costs milliseconds, not a fresh import of torch
+per rank.
 
-Workers rendezvous through a file, take (module-level function, plain keyword arguments) from a queue and
-answer with None or a traceback. A failure or a timeout ends all workers; the next call starts fresh ones.
+Workers rendezvous through a file, take (module-level function, plain keyword arguments) from a
+queue and answer with None or a traceback. A failure or a timeout ends all workers; the next call
+starts fresh ones.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class DistributedPool:
     def run(
         self, fn: Callable[..., None], timeout_s: float = TASK_TIMEOUT_S, **kwargs: Any
     ) -> None:
-        """Call fn(**kwargs) on every rank; raise AssertionError with the first failing rank's traceback.
+        """Call fn(**kwargs) on every rank; raise AssertionError with the first failing rank's
+        traceback.
 
         fn must lie at module level of a test module; it is imported by path in the workers.
         """
@@ -97,6 +100,13 @@ class DistributedPool:
             )
             worker.start()
             self._workers.append(worker)
+
+
+def pool_of(pools: dict[int, DistributedPool], world_size: int) -> DistributedPool:
+    """Return the pool of that size, a new one if there is none yet."""
+    if world_size not in pools:
+        pools[world_size] = DistributedPool(world_size)
+    return pools[world_size]
 
 
 def _work(rank: int, world_size: int, directory: str, tasks: Any, answers: Any) -> None:

@@ -21,14 +21,16 @@ def EMOLoss(
     """Return the mean EMO loss over the shifted tokens that count; values as in EMOLoss 0.0.3.
 
     Position i of the logits is scored against label i + 1. What differs from the released function:
-    statistics in fp32 whatever the logits' dtype, any `ignore_index` works, zero rows of the table cost 1
-    instead of NaN, the table never receives gradient, and a batch without counted tokens gives 0.
+    statistics in fp32 whatever the logits' dtype, any `ignore_index` works, zero rows of the table
+    cost 1 instead of NaN, the table never receives gradient, and a batch without counted tokens
+    gives 0.
 
     Args:
         logits: [batch, seq, V], fp64, fp32, bf16 or fp16; gradient flows to them alone.
         labels: [batch, seq] token ids, or `ignore_index`.
         cost_embedding: [V, D] of any width, normalised here.
-        mode: 1 puts the weight on the cross-entropy (emo1 capped at 3), 2 on the expected cost (emo2).
+        mode: 1 puts the weight on the cross-entropy (emo1 capped at 3), 2 on the expected cost
+            (emo2).
 
     Raises:
         ValueError: another mode, or labels outside [0, V) that are not `ignore_index`.

@@ -1,11 +1,13 @@
 """The loss of each token from this rank's shard of the logits.
 
-With z the logits, q = softmax(z) over the whole vocabulary and c_j the cost of token j for the target t,
+With z the logits, q = softmax(z) over the whole vocabulary and c_j the cost of token j for the
+target t,
 
     m = log(sum_j e^{z_j}) - z_t        d = sum_{j != t} q_j c_j
 
-are formed from four sums per rank that one all-gather merges. d is accumulated directly: the equal form
-1 - <e_t, sum_j q_j e_j> cancels once q_t is near 1 (a relative error of 0.08 at q_t = 0.99 in bf16).
+are formed from four sums per rank that one all-gather merges. d is accumulated directly: the equal
+form 1 - <e_t, sum_j q_j e_j> cancels once q_t is near 1 (a relative error of 0.08 at q_t = 0.99 in
+bf16).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.objectives import Objective
 
 _WORKSPACE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
-"""Size of one fp32 working copy of logits rows: within cache on a CPU, large enough to fill a GPU."""
+"""Size of one fp32 working copy of logits rows: within cache on a CPU, large enough to fill a
+GPU."""
 
 _EXP_UNDERFLOW = -1e4
 """exp is 0 here in every dtype; keeps 0 * z from being 0 * -inf."""
@@ -66,21 +69,24 @@ def vocab_parallel_loss(
 ) -> LossOutput:
     """Return the objective's loss for each token from vocabulary-sharded logits.
 
-    Statistics and gradient are computed in fp32 (fp64 for fp64 logits); the gradient has the logits'
-    dtype; no input is written to. A token whose loss_mask is 0 gives exactly 0 loss and gradient, whatever
-    its logits and target hold. The loss is not multiplied by the mask: fractional masks weigh it outside.
+    Statistics and gradient are computed in fp32 (fp64 for fp64 logits); the gradient has the
+    logits' dtype; no input is written to. A token whose loss_mask is 0 gives exactly 0 loss and
+    gradient, whatever its logits and target hold. The loss is not multiplied by the mask:
+    fractional masks weigh it outside.
 
-    Collectives over tp_group, none when it has one rank: one all-reduce of the cost rows of the distinct
-    targets [U, D], only with a cost embedding and dependent on labels alone, and one all-gather of 4
-    numbers per token (max, sum-exp, sum-exp-cost, target logit; 3 without a cost embedding, one more for
-    the entropy), merged in rank order, so that all ranks hold the same bits. The backward has none.
+    Collectives over tp_group, none when it has one rank: one all-reduce of the cost rows of the
+    distinct targets [U, D], only with a cost embedding and dependent on labels alone, and one
+    all-gather of 4 numbers per token (max, sum-exp, sum-exp-cost, target logit; 3 without a cost
+    embedding, one more for the entropy), merged in rank order, so that all ranks hold the same
+    bits. The backward has none.
 
     Args:
-        vocab_parallel_logits: this rank's logits [..., V/tp], such as [s, b, V/tp]; fp64, fp32, bf16, fp16.
+        vocab_parallel_logits: this rank's logits [..., V/tp], such as [s, b, V/tp]; fp64, fp32,
+            bf16 or fp16.
         target: global token ids of shape vocab_parallel_logits.shape[:-1], the same on all ranks.
         objective: from `build_objective`.
-        cost_embedding: this rank's rows [V/tp, D] of the frozen cost table, any float dtype and width.
-            Zero rows, such as vocabulary padding, cost 1. Never receives gradient.
+        cost_embedding: this rank's rows [V/tp, D] of the frozen cost table, any float dtype and
+            width. Zero rows, such as vocabulary padding, cost 1. Never receives gradient.
         loss_mask: target's shape; 0 leaves a token out, anything else keeps it. None keeps all.
         tp_group: the ranks that share the vocabulary, in vocabulary order; None for one rank.
         vocab_size: real vocabulary, at most V; targets must lie below it. None for V.
@@ -162,8 +168,8 @@ def _check_target(target: Tensor, keep: Tensor | None, vocab_size: int) -> None:
     if count:
         first = int(outside.nonzero()[0])
         raise ValueError(
-            f"target: expected ids in [0, {vocab_size}) where loss_mask is not 0, got {count} outside, "
-            f"the first {int(target[first])} at flat position {first}"
+            f"target: expected ids in [0, {vocab_size}) where loss_mask is not 0, "
+            f"got {count} outside, the first {int(target[first])} at flat position {first}"
         )
 
 
@@ -225,8 +231,8 @@ def _shard_statistics(
     shard: _Shard,
     with_entropy: bool,
 ) -> Tensor:
-    """Return [S, N]: max, target logit, then sums over j != t about this shard's max: e^z, and as asked
-    e^z c and e^z z.
+    """Return [S, N]: max, target logit, then sums over j != t about this shard's max: e^z, and as
+    asked e^z c and e^z z.
 
     The target stays out of the sums so that m keeps its relative accuracy as q_t tends to 1.
     """
@@ -254,7 +260,8 @@ def _shard_statistics(
 
 
 def _merge_statistics(statistics: Tensor, has_cost: bool, with_entropy: bool) -> _TokenStatistics:
-    """Return the whole vocabulary's statistics from every rank's [tp, S, N], summed in rank order."""
+    """Return the whole vocabulary's statistics from every rank's [tp, S, N], summed in rank
+    order."""
     shard_max, shard_target = statistics[:, 0], statistics[:, 1]
     logits_max, z_target = shard_max.amax(dim=0), shard_target.amax(dim=0)
     scale = torch.where(shard_max == -torch.inf, 0.0, torch.exp(shard_max - logits_max))
@@ -304,7 +311,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         q_t = torch.exp(-m)
         loss, mle_weight, emo_weight = objective(m, q_t, d)
         weight = objective.dynamic_weight(m, q_t, d)
-        # An objective may return m or d itself; the differentiable output needs a tensor of its own.
+        # An objective may return m or d itself; the differentiable output needs a tensor of its
+        # own.
         outputs = [loss.clone(), m, d, weight, stats.entropy]
         if keep is not None:
             outputs = [x if x is None else torch.where(keep, x, 0.0) for x in outputs]
@@ -328,7 +336,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         column, owned = _owned_columns(target, ctx.shard, logits.shape[1])
         row_bytes = logits.shape[1] * m.dtype.itemsize
         for rows in _row_chunks(logits.shape[0], row_bytes, logits.device.type):
-            # Two subtractions: at |z| = 1e4 a single log-normaliser has no digits left for log_sum_exp.
+            # Two subtractions: at |z| = 1e4 a single log-normaliser has no digits left for
+            # log_sum_exp.
             q = logits[rows].to(m.dtype, copy=True)
             q = q.sub_(logits_max[rows, None]).sub_(log_sum_exp[rows, None]).exp_()
             if cost is None:

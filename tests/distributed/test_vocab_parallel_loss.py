@@ -162,7 +162,8 @@ def test_shard_without_finite_logits(run_distributed):
 
 
 class CollectiveCounter:
-    """Records (name, elements sent, group) of every collective that torch.distributed is asked for."""
+    """Records (name, elements sent, group) of every collective that torch.distributed is asked
+    for."""
 
     NAMES = (
         "all_reduce",

@@ -1,4 +1,5 @@
-"""Objectives: hand-computed golden numbers, gradients against autograd of the written-out equations, ranges."""
+"""Objectives: hand-computed golden numbers, gradients against autograd of the written-out
+equations, ranges."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def test_emo1_value_stays_near_the_cross_entropy():
 
 
 def test_emo2_with_detached_target_keeps_a_gradient_on_learnt_tokens():
-    # The trap that the warning names: compare the gradient's size at q_t = .999 with the plain form's.
+    # The trap that the warning names: compare the gradient's size at q_t = .999 with the plain
+    # form's.
     logits = torch.zeros(1, 1000, dtype=torch.float64)
     logits[0, 0] = math.log(999 * 999)
     embedding = torch.randn(1000, 64, dtype=torch.float64)

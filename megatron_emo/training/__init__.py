@@ -1,0 +1,1 @@
+"""GPT pretraining on Megatron's own loop; the only package here that imports megatron.training."""

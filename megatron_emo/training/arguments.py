@@ -1,0 +1,168 @@
+"""The --objective and --emo-* flags, their configs, and the checks that name them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+from megatron_emo.config import (
+    OUTPUT_LAYER,
+    CostEmbeddingConfig,
+    ObjectiveConfig,
+    ScheduleConfig,
+)
+from megatron_emo.objectives import OBJECTIVES, Objective, build_objective
+
+_OBJECTIVE_FLAGS = (
+    "weight_max",
+    "half",
+    "detach_target",
+    "ratio_eps",
+    "scale",
+    "eta",
+    "gamma",
+    "weight_min",
+    "mixing_ratio",
+)
+
+
+@dataclass(frozen=True)
+class EmoConfig:
+    """All that the flags say about the loss."""
+
+    objective: ObjectiveConfig
+    cost_embedding: CostEmbeddingConfig | None
+    """None where neither the objective nor the command line asks for a cost."""
+    schedule: ScheduleConfig
+
+    def build_objective(self) -> Objective:
+        """Return the objective these settings name."""
+        return build_objective(self.objective)
+
+
+def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add our flags to Megatron's parser; all defaults of None mean the objective's own value."""
+    group = parser.add_argument_group("EMO loss")
+    number = {"type": float, "default": None}
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    group.add_argument(
+        "--objective",
+        choices=list(OBJECTIVES),
+        default="emo1",
+        help="Training objective of the language model head. Default: emo1, the paper's form.",
+    )
+    group.add_argument(
+        "--emo-cost-embedding",
+        metavar="FILE|output-layer",
+        default=None,
+        help="Cost embedding: a safetensors file from tools/prepare_cost_embedding.py, or "
+        "output-layer, the live head, detached and normalised anew each step. Default: "
+        "output-layer for objectives with a cost; none for the others, which then do not log it.",
+    )
+    group.add_argument(
+        "--emo-start-iter",
+        type=int,
+        default=0,
+        help="Iterations of plain MLE before the objective takes over. Default: 0.",
+    )
+    group.add_argument(
+        "--emo-ramp-iters",
+        type=int,
+        default=0,
+        help="Iterations over which the objective's share grows linearly from 0 to 1 after "
+        "--emo-start-iter. Default: 0, at once.",
+    )
+    group.add_argument(
+        "--emo-weight-max",
+        **number,
+        help="emo1, emo2: cap on the detached ratio. Default: none; EMOLoss >= 0.0.2 uses 3.",
+    )
+    group.add_argument(
+        "--emo-half", **switch, help="Factor 1/2 in front. Default: on for emo1, off for emo2."
+    )
+    group.add_argument(
+        "--emo-detach-target",
+        **switch,
+        help="Count the target's probability as a constant in the cost (the released code's gt_q). "
+        "Default: off. With emo2 and no --emo-weight-max it keeps training on learnt tokens.",
+    )
+    group.add_argument(
+        "--emo-ratio-eps", **number, help="Added below the detached ratio. Default: 1e-10."
+    )
+    group.add_argument(
+        "--emo-scale", **number, help="emo2: factor on the cost. Default: 1; first release: 5."
+    )
+    group.add_argument(
+        "--emo-eta", **number, help="mixce: weight of forward cross-entropy, 0 to 1. Default: 0.5."
+    )
+    group.add_argument(
+        "--emo-gamma", **number, help="tailr: 0 to 1, default 1e-7. focal: exponent, default 2."
+    )
+    group.add_argument(
+        "--emo-weight-min", **number, help="tailr, tvd: floor of the weight. Default: 0.2."
+    )
+    group.add_argument(
+        "--emo-mixing-ratio", **number, help="tvd: share of MLE, 0 to 1. Default: 0.5."
+    )
+    return parser
+
+
+def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
+    """Return the checked settings.
+
+    Raises:
+        ValueError: a value out of range or a flag the objective does not have, by its flag's name.
+    """
+    given = {name: getattr(args, f"emo_{name}") for name in _OBJECTIVE_FLAGS}
+    given["emo_scale"] = given.pop("scale")
+    try:
+        objective = ObjectiveConfig(name=args.objective, **given)
+        uses_cost = build_objective(objective).uses_cost
+        schedule = ScheduleConfig(args.emo_start_iter, args.emo_ramp_iters)
+    except ValueError as error:
+        flags = [f"--emo-{name.replace('_', '-')}" for name in _OBJECTIVE_FLAGS]
+        raise ValueError(
+            f"{error} (flags: --objective, {', '.join(flags)}, --emo-*-iter*)"
+        ) from None
+    source = args.emo_cost_embedding or (OUTPUT_LAYER if uses_cost else None)
+    if source not in (None, OUTPUT_LAYER) and not os.path.isfile(source):
+        raise ValueError(
+            f"--emo-cost-embedding: expected {OUTPUT_LAYER} or a safetensors file, got {source}, "
+            "which is no file; tools/prepare_cost_embedding.py makes one"
+        )
+    cost_embedding = None if source is None else CostEmbeddingConfig(source)
+    return EmoConfig(objective, cost_embedding, schedule)
+
+
+def check_supported(args: argparse.Namespace) -> None:
+    """Refuse what Megatron offers and the EMO loss cannot follow, before a model is built.
+
+    Raises:
+        ValueError: the flag, and what to do instead.
+    """
+    refused = {
+        "--yaml-cfg": (args.yaml_cfg is not None, "give the arguments on the command line"),
+        "--logits-load-dir": (
+            args.logits_load_dir is not None,
+            "distillation replaces the loss; train without it",
+        ),
+        "--perform-rl-step": (
+            args.perform_rl_step,
+            "RL losses are not built from these objectives",
+        ),
+        "--spec": (args.spec is not None, "only GPT layer specs chosen by --transformer-impl"),
+        "--cuda-graph-impl full_iteration": (
+            args.cuda_graph_impl == "full_iteration",
+            "the number of distinct targets changes between steps; capture layers instead",
+        ),
+        "--use-megatron-fsdp": (
+            args.use_megatron_fsdp,
+            "the head's weight must be whole on a rank",
+        ),
+        "--use-torch-fsdp2": (args.use_torch_fsdp2, "the head's weight must be whole on a rank"),
+        "--hybrid-context-parallel": (args.hybrid_context_parallel, "use --context-parallel-size"),
+    }
+    for flag, (is_set, advice) in refused.items():
+        if is_set:
+            raise ValueError(f"{flag}: not supported with --objective {args.objective}: {advice}")

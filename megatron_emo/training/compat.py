@@ -1,0 +1,138 @@
+"""What differs between the supported megatron-core versions, and what their wheels got wrong.
+
+Each entry names the version that ends it; when `setup.py` requires that version, the entry goes.
+"""
+
+import gc
+import importlib.util
+import queue
+
+import torch
+
+
+def skip_compile_helpers() -> None:
+    """Keep Megatron from running `make` for the dataset helpers where they are installed compiled.
+
+    The wheel ships `helpers_cpp` without the Makefile that builds it, so that every start from a
+    PyPI install would end there. Not fixed in 0.19.2, the newest release when this was written.
+    """
+    import megatron.core.datasets.utils as datasets_utils
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        datasets_utils.compile_helpers = lambda: None
+
+
+def keep_synchronous_saves_in_process() -> None:
+    """Give synchronous checkpoint saves a queue of this process for their results.
+
+    Upstream opens a `multiprocessing` manager for it, in a spawned process that imports the main
+    script again: seconds at the first save, and a script without `if __name__ == "__main__"` hangs.
+    Only asynchronous saves write in another process; they keep upstream's. Not changed in 0.19.2.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.training import global_vars
+
+    upstream = filesystem_async.get_write_results_queue
+    if getattr(upstream, "is_in_process", False):
+        return
+    in_process: queue.Queue = queue.Queue()
+
+    def get_write_results_queue(*args, **kwargs):
+        args_of_run = global_vars._GLOBAL_ARGS
+        if args_of_run is not None and args_of_run.async_save:
+            return upstream(*args, **kwargs)
+        return in_process
+
+    get_write_results_queue.is_in_process = True
+    filesystem_async.get_write_results_queue = get_write_results_queue
+
+
+def repair_distributed_optimizer_resume() -> None:
+    """Let `--use-distributed-optimizer` resume with torch's Adam, that is without Apex and without TE.
+
+    Three faults upstream, the last one silent: a fresh optimizer has no step count, on which
+    `state_dict` asserts; leaves that require gradients are copied into; and all parameters are given
+    one and the same step tensor, which Adam then advances once for each of them. Open in 0.19.2.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer_class, "is_resume_repaired"):
+        return
+    state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
+
+    def state_dict_with_step(self):
+        if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
+            self.init_state_fn(self.optimizer)
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
+        return state_dict(self)
+
+    def load_state_dict_with_own_steps(self, loaded):
+        with torch.no_grad():
+            load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    optimizer_class.state_dict = state_dict_with_step
+    optimizer_class.load_state_dict = load_state_dict_with_own_steps
+    optimizer_class.is_resume_repaired = True
+
+
+def reset_megatron_state() -> None:
+    """Undo what `pretrain()` left in this process, so that the next call starts as in a fresh one.
+
+    Every rank must call it. The default process group stays; the groups Megatron made are destroyed.
+    No release of megatron-core does this in one call (0.19.2 has the pieces used here).
+    """
+    _destroy_globals()
+    _destroy_groups()
+    _destroy_trackers()
+    # Models and groups refer to each other in cycles, and a gloo group keeps its threads until freed.
+    gc.collect()
+
+
+def _destroy_globals() -> None:
+    import megatron.core.config as core_config
+    import megatron.training.checkpointing as checkpointing
+    import megatron.training.training as training_loop
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.core.rerun_state_machine import destroy_rerun_state_machine
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_SIGNAL_HANDLER is not None:
+        global_vars._GLOBAL_SIGNAL_HANDLER.release()
+    if global_vars._GLOBAL_TENSORBOARD_WRITER is not None:
+        global_vars._GLOBAL_TENSORBOARD_WRITER.close()
+    global_vars.destroy_global_vars()
+    destroy_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    core_config.set_experimental_flag(False)
+    checkpointing._CHECKPOINT_VERSION = None
+    checkpointing._LOADED_ITERATION = None
+    training_loop.num_checkpoints_memory_reported = 0
+
+
+def _destroy_groups() -> None:
+    from megatron.core import parallel_state
+
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    known = torch.distributed.distributed_c10d._world.pg_map
+    for group in groups:
+        if group is not None and group in known:
+            torch.distributed.destroy_process_group(group)
+
+
+def _destroy_trackers() -> None:
+    from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.router_replay import RouterReplay
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    tensor_parallel_random._CUDA_RNG_STATE_TRACKER = None
+    tensor_parallel_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    MTPLossLoggingHelper.tracker.clear()
+    destroy_moe_metrics_tracker()
+    RouterReplay.clear_global_router_replay_instances()

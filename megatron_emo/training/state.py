@@ -1,0 +1,131 @@
+"""What the loss needs through a run besides logits and labels: objective, cost embedding, process
+group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.training import get_args, get_tokenizer
+from torch import Tensor
+
+from megatron_emo.config import OUTPUT_LAYER
+from megatron_emo.cost_embedding import (
+    adaptive_cost_embedding,
+    check_cost_embedding,
+    fingerprint_tokenizer,
+    load_cost_embedding_shard,
+)
+from megatron_emo.loss.vocab_parallel import LossOutput
+from megatron_emo.objectives import Objective, blend_with_mle
+from megatron_emo.training.arguments import EmoConfig
+
+
+class LossState:
+    """One per process and run; handed to `GPTModel.forward` as `output_processor_context`.
+
+    The table lies here and not in the model: Float16Module would cast a buffer, and a
+    vocabulary-sharded buffer in a checkpoint comes back as rank 0's shard on every rank.
+    """
+
+    def __init__(self, config: EmoConfig) -> None:
+        self.config = config
+        self.vocab_size: int = get_tokenizer().vocab_size
+        """Without padding."""
+        self.last_output: LossOutput | None = None
+        """The results of the newest forward on this rank; [s, b] each."""
+        self._objective = config.build_objective()
+        self._table: Tensor | None = None
+        self._table_key: Any = None
+
+    @property
+    def tp_group(self) -> torch.distributed.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def objective(self) -> Objective:
+        """Return the objective with its share at the current iteration."""
+        # Megatron counts finished iterations; the one under way is the next.
+        return blend_with_mle(
+            self._objective, self.config.schedule.share(_finished_iterations() + 1)
+        )
+
+    def cost_embedding(self, output_weight: Tensor, is_training: bool) -> Tensor | None:
+        """Return this rank's unit rows [V/tp, D], None without a cost embedding.
+
+        A file is read once, at the first call; the live head is normalised once per optimizer step,
+        which all microbatches of the step share.
+
+        Args:
+            output_weight: the head's shard [V/tp, h].
+            is_training: a step's weights differ from those evaluated after it.
+        """
+        if self.config.cost_embedding is None:
+            return None
+        source = self.config.cost_embedding.source
+        live = source == OUTPUT_LAYER
+        key = (_finished_iterations(), is_training) if live else source
+        if key != self._table_key:
+            self._table = None  # free the old one first
+            start = self.tp_group.rank() * output_weight.shape[0]
+            if live:
+                self._table = adaptive_cost_embedding(
+                    output_weight, vocab_start_index=start, vocab_size=self.vocab_size
+                )
+            else:
+                self._table = load_cost_embedding_shard(
+                    source,
+                    vocab_start_index=start,
+                    vocab_end_index=start + output_weight.shape[0],
+                    vocab_size=self.vocab_size,
+                    device=output_weight.device,
+                )
+            self._table_key = key
+        return self._table
+
+    def statistics(self, loss_mask: Tensor) -> dict[str, Tensor]:
+        """Return name -> [sum over counted tokens] of the newest forward, for the log.
+
+        Args:
+            loss_mask: [b, s] as the data loader gave it.
+        """
+        out = self.last_output
+        mask = loss_mask.transpose(0, 1)
+        counted = mask != 0
+        sums = {"lm loss": (out.mle_loss * mask).sum()}
+        if self.config.cost_embedding is not None:
+            sums["emo loss"] = (out.emo_loss * mask).sum()
+        sums["objective"] = (out.loss.detach() * mask).sum()
+        sums["objective weight"] = (out.weight * mask).sum()
+        capped = (out.weight >= self._objective.weight_max) & counted
+        sums["objective weight capped"] = (capped * mask).sum()
+        sums["entropy"] = (out.entropy * mask).sum()
+        return sums
+
+    def weight_max(self) -> Tensor:
+        """Return the largest dynamic weight of the newest forward; masked tokens hold 0."""
+        return self.last_output.weight.amax()
+
+
+def check_cost_embedding_before_start(config: EmoConfig) -> str:
+    """Return the sha256 of the run's table ("" for the live head or none) after checking its
+    header.
+
+    Raises:
+        ValueError: another vocabulary or tokenizer than the model's; not a cost embedding file.
+    """
+    if config.cost_embedding is None or config.cost_embedding.source == OUTPUT_LAYER:
+        return ""
+    tokenizer = get_tokenizer()
+    info = check_cost_embedding(
+        config.cost_embedding.source,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
+    )
+    return info.sha256
+
+
+def _finished_iterations() -> int:
+    args = get_args()
+    # curr_iteration is set by the training loop alone; a run that only evaluates has iteration.
+    return max(getattr(args, "curr_iteration", 0), args.iteration)

@@ -1,0 +1,70 @@
+"""Fixtures for runs through Megatron's real pretrain()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_pool import pool_of
+from pretraining import DATA, MODEL, TRAINING, VOCAB_SIZE, pretrain, read_scalars
+
+from megatron_emo.cost_embedding import write_cost_embedding
+
+
+@pytest.fixture(scope="session")
+def cost_embedding(tmp_path_factory) -> Path:
+    """A table with neighbours: random clusters, so that costs spread over (0, 2)."""
+    generator = torch.Generator().manual_seed(11)
+    centres = torch.randn(12, 10, generator=generator)
+    table = centres[torch.randint(0, 12, (VOCAB_SIZE,), generator=generator)]
+    table = table + 0.5 * torch.randn(VOCAB_SIZE, 10, generator=generator)
+    path = tmp_path_factory.mktemp("table") / "cost_embedding.safetensors"
+    write_cost_embedding(path, table, source="test", tokenizer_fingerprint="")
+    return path
+
+
+@pytest.fixture(scope="session")
+def initial_checkpoint(_pools, tmp_path_factory) -> Path:
+    """Weights that every layout can start from: Megatron's initial ones depend on the layout."""
+    folder = tmp_path_factory.mktemp("initial")
+    argv = [*MODEL, *TRAINING, *DATA, "--train-iters", "1", "--eval-iters", "0", "--lr", "0"]
+    argv += ["--min-lr", "0", "--save", str(folder), "--save-interval", "1", "--no-save-optim"]
+    argv += ["--objective", "mle", "--tensorboard-dir", str(folder)]
+    pool_of(_pools, 1).run(pretrain, argv=argv)
+    return folder
+
+
+@pytest.fixture
+def from_checkpoint(initial_checkpoint) -> list[str]:
+    """Flags that start a new run from `initial_checkpoint`."""
+    return ["--load", str(initial_checkpoint), "--finetune", "--no-load-rng", "--no-load-optim"]
+
+
+@pytest.fixture
+def run_pretraining(run_distributed, tmp_path, cost_embedding) -> Callable:
+    """Return run(world_size, *flags) -> scalars by name and iteration of one run."""
+    count = 0
+
+    def run(
+        world_size: int,
+        *flags: str,
+        objective: str = "emo1",
+        cost: str | None = str(cost_embedding),
+        base: list[str] | None = None,
+        use_megatron_loss: bool = False,
+    ) -> dict[str, dict[int, float]]:
+        nonlocal count
+        count += 1
+        logs = tmp_path / f"tensorboard_{count}"
+        logs.mkdir()
+        argv = [*(MODEL + TRAINING + DATA if base is None else base), *flags]
+        argv += ["--tensorboard-dir", str(logs)]
+        if not use_megatron_loss:
+            argv += ["--objective", objective]
+            argv += ["--emo-cost-embedding", cost] if cost else []
+        run_distributed(world_size)(pretrain, argv=argv, use_megatron_loss=use_megatron_loss)
+        return read_scalars(logs)
+
+    return run
