@@ -1,0 +1,1 @@
+"""From text to what Megatron reads: demo corpus, tokenizer, .bin/.idx files and their check."""
