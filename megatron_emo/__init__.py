@@ -1,11 +1,16 @@
 """Megatron GPT pretraining with the EMO (earth mover distance) loss.
 
-The loss is importable without Megatron; training lies in `megatron_emo.training`.
+The names below need torch alone and are loaded at first use, so that tools which never touch a
+tensor start without it; training lies in `megatron_emo.training`.
 """
 
-from megatron_emo.loss.drop_in import EMOLoss
-from megatron_emo.loss.vocab_parallel import LossOutput, vocab_parallel_loss
-from megatron_emo.objectives import Objective, build_objective
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_emo.loss.drop_in import EMOLoss
+    from megatron_emo.loss.vocab_parallel import LossOutput, vocab_parallel_loss
+    from megatron_emo.objectives import Objective, build_objective
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,3 +21,17 @@ __all__ = [
     "build_objective",
     "vocab_parallel_loss",
 ]
+
+_HOME = {
+    "EMOLoss": "megatron_emo.loss.drop_in",
+    "LossOutput": "megatron_emo.loss.vocab_parallel",
+    "Objective": "megatron_emo.objectives",
+    "build_objective": "megatron_emo.objectives",
+    "vocab_parallel_loss": "megatron_emo.loss.vocab_parallel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

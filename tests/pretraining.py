@@ -54,7 +54,7 @@ def _pretrain_with_megatron_loss(argv: list[str]) -> None:
     from megatron_emo.training import compat, cpu
 
     sys.argv[1:] = cpu.enable(argv)
-    compat.skip_compile_helpers()
+    compat.apply_repairs()
     import megatron.training
     from megatron.core.enums import ModelType
     from megatron.training import argument_utils

@@ -10,6 +10,16 @@ import queue
 import torch
 
 
+def apply_repairs() -> None:
+    """Apply every entry below that repairs; entry points call it after `cpu.enable`, to parse next.
+
+    A second call changes nothing.
+    """
+    skip_compile_helpers()
+    keep_synchronous_saves_in_process()
+    repair_distributed_optimizer_resume()
+
+
 def skip_compile_helpers() -> None:
     """Keep Megatron from running `make` for the dataset helpers where they are installed compiled.
 
@@ -48,11 +58,11 @@ def keep_synchronous_saves_in_process() -> None:
 
 
 def repair_distributed_optimizer_resume() -> None:
-    """Let `--use-distributed-optimizer` resume with torch's Adam, that is without Apex and without TE.
+    """Let `--use-distributed-optimizer` resume with torch's Adam, that is without Apex and TE.
 
-    Three faults upstream, the last one silent: a fresh optimizer has no step count, on which
-    `state_dict` asserts; leaves that require gradients are copied into; and all parameters are given
-    one and the same step tensor, which Adam then advances once for each of them. Open in 0.19.2.
+    Upstream asserts on a fresh optimizer, which has no step count yet; then, or when that is
+    bridged, it loses the count without a word: it overwrites the loaded one, and hands one tensor
+    to all parameters, which Adam advances once for each of them. Open in 0.19.2.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -60,36 +70,42 @@ def repair_distributed_optimizer_resume() -> None:
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer_class, "is_resume_repaired"):
         return
     state_dict, load_state_dict = optimizer_class.state_dict, optimizer_class.load_state_dict
+    set_states = optimizer_class._set_main_param_and_optimizer_states
 
-    def state_dict_with_step(self):
+    def state_dict_of_fresh_or_used(self):
         if isinstance(self.optimizer, torch.optim.Adam) and not self.optimizer.state:
             self.init_state_fn(self.optimizer)
             for state in self.optimizer.state.values():
                 state["step"] = torch.tensor(0.0)
         return state_dict(self)
 
-    def load_state_dict_with_own_steps(self, loaded):
-        with torch.no_grad():
-            load_state_dict(self, loaded)
+    def load_with_a_step_for_each(self, loaded):
+        load_state_dict(self, loaded)
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
 
-    optimizer_class.state_dict = state_dict_with_step
-    optimizer_class.load_state_dict = load_state_dict_with_own_steps
+    def set_all_but_step(self, model_param, tensors):
+        # The parameters are leaves that require gradients.
+        with torch.no_grad():
+            set_states(self, model_param, {**tensors, "step": None})
+
+    optimizer_class.state_dict = state_dict_of_fresh_or_used
+    optimizer_class.load_state_dict = load_with_a_step_for_each
+    optimizer_class._set_main_param_and_optimizer_states = set_all_but_step
     optimizer_class.is_resume_repaired = True
 
 
 def reset_megatron_state() -> None:
-    """Undo what `pretrain()` left in this process, so that the next call starts as in a fresh one.
+    """Undo what `pretrain()` left in this process, so that the next call starts as in a new one.
 
-    Every rank must call it. The default process group stays; the groups Megatron made are destroyed.
+    Every rank must call it. The default process group stays; those Megatron made are destroyed.
     No release of megatron-core does this in one call (0.19.2 has the pieces used here).
     """
     _destroy_globals()
     _destroy_groups()
     _destroy_trackers()
-    # Models and groups refer to each other in cycles, and a gloo group keeps its threads until freed.
+    # Models and groups refer to each other in cycles, and gloo's threads end when a group is freed.
     gc.collect()
 
 

@@ -1,7 +1,7 @@
-"""Megatron's own `pretrain()` on a machine without CUDA: what the entry point calls before it parses.
+"""Megatron's own `pretrain()` on a machine without CUDA: what entry points call before they parse.
 
-`enable(argv)` is all of it. It is one call so that nothing here acts on import, and it does nothing
-where CUDA is available. The stand-ins themselves are in `cpu_stand_ins.py`.
+`enable(argv)` is all of it. Nothing here acts on import, nor where CUDA is available. The stand-ins
+themselves are in `cpu_stand_ins.py`.
 """
 
 import os
@@ -29,19 +29,26 @@ _CPU_VALUES = {
     "--attention-backend": "unfused",
 }
 
-# Flags whose effect cannot be had without CUDA. Silence would run something else than was asked for.
+# Flags whose effect cannot be had without CUDA: to pass over them would run something else.
 _CUDA_ONLY = {
-    "--fp8-format": "FP8 matrix products need Transformer Engine",
-    "--fp4-format": "FP4 matrix products need Transformer Engine",
-    "--fp8-param-gather": "FP8 parameters need Transformer Engine",
-    "--tp-comm-overlap": "user buffers need Transformer Engine",
-    "--use-torch-fsdp2": "it drives CUDA streams",
-    "--use-megatron-fsdp": "it drives CUDA streams",
+    "--context-parallel-size": "the local attention has none",
     "--cuda-graph-impl": "there are no CUDA graphs",
+    "--dataloader-inter-document-masking": "the local attention takes no packed sequences",
     "--enable-cuda-graph": "there are no CUDA graphs",
-    "--moe-permute-fusion": "the permutation kernel is in Transformer Engine",
+    "--fp4-format": "FP4 products need Transformer Engine",
+    "--fp8-format": "FP8 products need Transformer Engine",
     "--moe-grouped-gemm": "the grouped product is a CUDA kernel",
+    "--moe-permute-fusion": "the permutation kernel is in Transformer Engine",
+    "--sft": "the local attention takes no packed sequences",
+    "--tp-comm-overlap": "user buffers need Transformer Engine",
+    "--use-flash-attn": "flash attention is a CUDA kernel",
+    "--use-megatron-fsdp": "it drives CUDA streams",
+    "--use-persistent-ckpt-worker": "its process looks for a device of its own",
+    "--use-torch-fsdp2": "it drives CUDA streams",
 }
+
+# Values by which a flag above asks for nothing.
+_OFF = {"--context-parallel-size": "1", "--cuda-graph-impl": "none"}
 
 _announced = False
 
@@ -79,7 +86,7 @@ def cpu_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Return `argv` followed by the CPU flags, and the flags whose typed value is overridden."""
     typed = _typed_values(argv)
     for flag, reason in _CUDA_ONLY.items():
-        if flag in typed and typed[flag] != "none":
+        if flag in typed and typed[flag] != _OFF.get(flag):
             raise ValueError(f"{flag} cannot be used without CUDA: {reason}; remove the flag")
     overridden = [
         f"{flag} {typed[flag]} -> {value}"
@@ -92,7 +99,7 @@ def cpu_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _typed_values(argv: list[str]) -> dict[str, str]:
-    """Return flag -> the word after it ("" if that is another flag), for `--flag v` and `--flag=v`."""
+    """Return flag -> value for `--flag v` and `--flag=v`, and "" for a flag without a value."""
     typed = {}
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         flag, equals, value = word.partition("=")

@@ -7,6 +7,7 @@ call returns, so streams and events have nothing to wait for.
 
 import contextlib
 import copy
+import logging
 import os
 import time
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    # Megatron compiles dozens of small functions at import; on a CPU each would need a C++ compiler.
+    # Megatron compiles dozens of small functions at import; here each would need a C++ compiler.
     # First of all, since the compiler, when loaded, makes an inventory of torch.cuda's functions.
     torch.compiler.set_stance("force_eager")
     _stand_in_for_torch_cuda()
@@ -178,9 +179,9 @@ def _stand_in_for_collectives() -> None:
 def _stand_in_for_data_loader() -> None:
     """Keep DataLoader from drawing on the generator that dropout uses, and from pinning memory.
 
-    A loader draws its workers' seed from the CPU generator, which here is also 'the CUDA one'. Only
-    tensor rank 0 has a loader, and a resumed run builds it after the generator was restored: without
-    this, ranks would drop different elements, and a resumed run others than the run it continues.
+    A loader draws its workers' seed from the CPU generator, which here is the CUDA one too. Only
+    tensor rank 0 has a loader, and a resumed run builds it after it has restored the generator:
+    ranks would drop different elements, and a resumed run others than the run it continues.
     """
     data_loader = torch.utils.data.DataLoader
     iterate = data_loader.__iter__
@@ -214,6 +215,11 @@ def _stand_in_for_megatron() -> None:
     tensor_parallel_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(
         state
+    )
+
+    # It warns, at every fork, that the CPU generator moved: there it is the one that was forked.
+    logging.getLogger(tensor_parallel_random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
     _allow_torch_norm_under_sequence_parallelism(torch_norm)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
-from megatron_emo.config import OUTPUT_LAYER
-from megatron_emo.torch_dist import TRACKER, read_arguments, resolve_checkpoint_dir
 from megatron_emo.training import compat, cpu
 from megatron_emo.training.arguments import (
     EmoConfig,
@@ -16,11 +12,6 @@ from megatron_emo.training.arguments import (
     check_supported,
     emo_config_from_args,
 )
-
-_SCHEDULE_AND_OBJECTIVE = (
-    "objective emo_start_iter emo_ramp_iters emo_weight_max emo_half emo_detach_target "
-    "emo_ratio_eps emo_scale emo_eta emo_gamma emo_weight_min emo_mixing_ratio"
-).split()
 
 
 def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = None) -> None:
@@ -40,9 +31,9 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     from megatron.training import argument_utils, inprocess_restart
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_emo.training import state, steps
+    from megatron_emo.training import preflight, state, steps
 
-    compat.skip_compile_helpers()
+    compat.apply_repairs()
     if program_start is not None:
         megatron_training.set_startup_timestamps(
             program_start=program_start, main_entry=program_start
@@ -53,10 +44,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     )
     check_supported(args)
     config = emo_config_from_args(args)
-    args.emo_cost_embedding_id = _cost_embedding_id(
-        config, state.check_cost_embedding_before_start(config)
-    )
-    check_resume(args)
+    preflight.check_before_start(args, config)
     megatron_training.print_rank_0(_summary(config))
 
     # After our own parse: it parses again, with Megatron's flags alone, and would answer --help.
@@ -70,45 +58,6 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
         store=store,
         get_embedding_ranks=steps.get_embedding_ranks,
     )
-
-
-def _cost_embedding_id(config: EmoConfig, sha256: str) -> str:
-    """Return what a checkpoint remembers: the table's sha256, output-layer, or "" if it trains
-    nothing."""
-    if config.cost_embedding is None or not config.build_objective().uses_cost:
-        return ""
-    return sha256 or OUTPUT_LAYER
-
-
-def check_resume(args: argparse.Namespace) -> None:
-    """Compare this run's loss with the one its checkpoint was trained with.
-
-    Raises:
-        ValueError: another cost embedding; names both. --finetune, a new run from old weights, may
-            differ.
-    """
-    if args.load is None or args.finetune or not Path(args.load, TRACKER).is_file():
-        return
-    if Path(args.load, TRACKER).read_text().strip() == "release":
-        return
-    folder = resolve_checkpoint_dir(args.load, args.ckpt_step)
-    saved = read_arguments(folder)
-    then = getattr(saved, "emo_cost_embedding_id", "") if saved is not None else ""
-    now = args.emo_cost_embedding_id
-    if then and now and then != now:
-        raise ValueError(
-            f"--emo-cost-embedding {args.emo_cost_embedding or OUTPUT_LAYER} has id {now}, "
-            f"the checkpoint {folder} was trained with "
-            f"{saved.emo_cost_embedding or OUTPUT_LAYER}, id {then}; resume with that table, or "
-            "add --finetune to start a new run from these weights"
-        )
-    changed = [
-        f"--{name.replace('_', '-')} {getattr(saved, name)} -> {getattr(args, name)}"
-        for name in _SCHEDULE_AND_OBJECTIVE
-        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name)
-    ]
-    if changed and args.rank == 0:
-        print(f"> resuming {folder} with other loss settings: {', '.join(changed)}", flush=True)
 
 
 def _summary(config: EmoConfig) -> str:

@@ -13,8 +13,6 @@ from torch import Tensor
 from megatron_emo.config import OUTPUT_LAYER
 from megatron_emo.cost_embedding import (
     adaptive_cost_embedding,
-    check_cost_embedding,
-    fingerprint_tokenizer,
     load_cost_embedding_shard,
 )
 from megatron_emo.loss.vocab_parallel import LossOutput
@@ -105,24 +103,6 @@ class LossState:
     def weight_max(self) -> Tensor:
         """Return the largest dynamic weight of the newest forward; masked tokens hold 0."""
         return self.last_output.weight.amax()
-
-
-def check_cost_embedding_before_start(config: EmoConfig) -> str:
-    """Return the sha256 of the run's table ("" for the live head or none) after checking its
-    header.
-
-    Raises:
-        ValueError: another vocabulary or tokenizer than the model's; not a cost embedding file.
-    """
-    if config.cost_embedding is None or config.cost_embedding.source == OUTPUT_LAYER:
-        return ""
-    tokenizer = get_tokenizer()
-    info = check_cost_embedding(
-        config.cost_embedding.source,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-    )
-    return info.sha256
 
 
 def _finished_iterations() -> int:
