@@ -201,10 +201,9 @@ def _cost_of_targets(
     for start in range(0, partition_vocab_size, block_rows):
         block = unit_embedding[start : start + block_rows].to(compute_dtype)
         torch.mm(rows, block.T, out=cost[:, start : start + block_rows])
-    # Cauchy-Schwarz bounds the cost below by 0; rounding may not.
-    cost.neg_().add_(1.0).clamp_(min=0.0)
-    cost.scatter_(1, column, torch.where(owned, 0.0, cost.gather(1, column)))
-    return cost
+    # Cauchy-Schwarz bounds the cost below by 0; rounding may not. The cost of the target itself is
+    # never read: its column is left out of the sums and its gradient formed apart.
+    return cost.neg_().add_(1.0).clamp_(min=0.0)
 
 
 class _TokenStatistics(NamedTuple):

@@ -202,6 +202,19 @@ def test_zero_rows_cost_one_and_norms_do_not_matter():
     torch.testing.assert_close(certain.emo_loss, torch.ones_like(certain.emo_loss))
 
 
+def test_a_target_without_direction_costs_nothing_itself():
+    # Its row is zero, so cos(e_t, e_t) is 0: the cost of predicting it right is 0 all the same.
+    logits, target, embedding = example()
+    embedding[target] = 0
+    logits.requires_grad_()
+    out = vocab_parallel_loss(logits, target, build_objective("emo"), embedding)
+    (grad,) = grads(out.loss.sum(), logits)
+    exact = logits.detach().requires_grad_()
+    error = 1 - torch.softmax(exact, 1).gather(1, target[:, None])[:, 0]
+    torch.testing.assert_close(out.loss, error)
+    torch.testing.assert_close(grad, grads(error.sum(), exact)[0])
+
+
 def test_any_leading_shape():
     logits, target, embedding = example(tokens=24)
     flat = vocab_parallel_loss(logits, target, EMO1, embedding).loss
