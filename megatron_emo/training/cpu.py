@@ -33,13 +33,11 @@ _CPU_VALUES = {
 _CUDA_ONLY = {
     "--context-parallel-size": "the local attention has none",
     "--cuda-graph-impl": "there are no CUDA graphs",
-    "--dataloader-inter-document-masking": "the local attention takes no packed sequences",
     "--enable-cuda-graph": "there are no CUDA graphs",
     "--fp4-format": "FP4 products need Transformer Engine",
     "--fp8-format": "FP8 products need Transformer Engine",
     "--moe-grouped-gemm": "the grouped product is a CUDA kernel",
     "--moe-permute-fusion": "the permutation kernel is in Transformer Engine",
-    "--sft": "the local attention takes no packed sequences",
     "--tp-comm-overlap": "user buffers need Transformer Engine",
     "--use-flash-attn": "flash attention is a CUDA kernel",
     "--use-megatron-fsdp": "it drives CUDA streams",

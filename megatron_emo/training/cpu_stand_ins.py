@@ -198,7 +198,7 @@ def _stand_in_for_megatron() -> None:
     """Replace the Megatron functions that assert CUDA or reach below `torch.cuda`."""
     import megatron.training.training as training_loop
     from megatron.core.tensor_parallel import random as tensor_parallel_random
-    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer import dot_product_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     initialize_megatron = training_loop.initialize_megatron
@@ -223,6 +223,7 @@ def _stand_in_for_megatron() -> None:
     )
 
     _allow_torch_norm_under_sequence_parallelism(torch_norm)
+    _allow_packed_sequences(dot_product_attention.DotProductAttention)
 
     to_cpu = moe_utils.maybe_move_tensor_to_cpu
 
@@ -253,3 +254,30 @@ def _allow_torch_norm_under_sequence_parallelism(torch_norm) -> None:
         return norm
 
     wrapped.__new__ = staticmethod(build_marked)
+
+
+def _allow_packed_sequences(attention) -> None:
+    """Let `DotProductAttention` take packed sequences, which upstream leaves to Transformer Engine.
+
+    All documents of the microbatch lie behind each other; a mask keeps each token to earlier tokens
+    of its own document. Quadratic in the packed length, as the local attention is anyway.
+    """
+    forward = attention.forward
+
+    def forward_packed(self, query, key, value, attention_mask, *args, **kwargs):
+        packed = kwargs.pop("packed_seq_params", None)
+        if packed is not None:
+            # [t, heads, dim] -> [t, 1, heads, dim]; the caller reshapes [t, 1, h] itself.
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+            attention_mask = _mask_other_documents(packed.cu_seqlens_q, query.shape[0])
+        return forward(self, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.forward = forward_packed
+
+
+def _mask_other_documents(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return [1, 1, t, t], True where a token must not look."""
+    positions = torch.arange(num_tokens)
+    document = torch.searchsorted(cu_seqlens, positions.to(cu_seqlens.dtype), right=True)
+    is_visible = (document[:, None] == document) & (positions[:, None] >= positions)
+    return ~is_visible[None, None]

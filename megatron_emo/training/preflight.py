@@ -55,7 +55,7 @@ def _check_table(config: EmoConfig) -> str:
 
 def _check_data(args: argparse.Namespace) -> None:
     """Compare every local .bin with its .idx and the vocabulary; object storage is left out."""
-    if args.mock_data or args.sft:
+    if args.mock_data or args.sft:  # neither reads .bin/.idx
         return
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [blend, *(per_split or [])]

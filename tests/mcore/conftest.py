@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distributed_pool import pool_of
 from pretraining import DATA, MODEL, TRAINING, VOCAB_SIZE, pretrain, read_scalars
 
 from megatron_emo.cost_embedding import write_cost_embedding
+from megatron_emo.data.files import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="session")
@@ -68,3 +70,18 @@ def run_pretraining(run_distributed, tmp_path, cost_embedding) -> Callable:
         return read_scalars(logs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory) -> str:
+    """Prefix of an indexed data set whose documents are shorter than a sequence, eod last."""
+    generator = np.random.default_rng(5)
+    prefix = str(tmp_path_factory.mktemp("data") / "short_document")
+    writer = IndexedDatasetWriter(prefix, np.uint16)
+    for length in generator.integers(4, 17, size=400):
+        # A walk: the next token is near the last one, so that there is something to learn.
+        walk = np.cumsum(generator.integers(-2, 3, size=length)) % (VOCAB_SIZE - 1)
+        writer.add_document(np.append(walk, VOCAB_SIZE - 1).astype(np.uint16))
+    writer.finish()
+    writer.publish()
+    return prefix

@@ -91,6 +91,33 @@ def test_tied_embeddings_train_as_one_rank(run_pretraining, tmp_path, cost_embed
             assert run[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, ()), (2, (*TP2, "--sequence-parallel"))],
+    ids=["one rank", "tp2 sp"],
+)
+def test_packed_sequences_train_as_masked_ones(
+    run_pretraining, from_checkpoint, short_documents, world_size, layout
+):
+    # The same batches twice: packed with document bounds, and as rows with a mask that resets.
+    def run(world_size, *flags):
+        return run_pretraining(
+            world_size,
+            *from_checkpoint,
+            *SHORT,
+            *("--data-path", short_documents, "--eod-mask-loss"),
+            *flags,
+            base=MODEL + TRAINING + [flag for flag in DATA if flag != "--mock-data"],
+        )
+
+    masked = run(1, "--reset-attention-mask", "--reset-position-ids")
+    packed = run(world_size, *layout, "--dataloader-inter-document-masking")
+    check_learns(packed)
+    for name in ("lm loss", "emo loss"):
+        for iteration, value in masked[name].items():
+            assert packed[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
+
+
 def test_start_and_ramp_move_from_mle_to_the_objective(run_pretraining, from_checkpoint):
     mle = run_pretraining(1, *from_checkpoint, *SHORT, objective="mle")
     late = run_pretraining(1, *from_checkpoint, *SHORT, "--emo-start-iter", "2")
