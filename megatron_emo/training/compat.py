@@ -3,6 +3,7 @@
 Each entry names the version that ends it; when `setup.py` requires that version, the entry goes.
 """
 
+import argparse
 import gc
 import importlib.util
 import queue
@@ -18,6 +19,19 @@ def apply_repairs() -> None:
     skip_compile_helpers()
     keep_synchronous_saves_in_process()
     repair_distributed_optimizer_resume()
+
+
+def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return the parser with help texts that argparse can print.
+
+    One of Megatron's has a bare percent sign, on which --help dies. Open in 0.19.2.
+    """
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (TypeError, ValueError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def skip_compile_helpers() -> None:

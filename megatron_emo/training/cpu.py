@@ -4,6 +4,7 @@
 themselves are in `cpu_stand_ins.py`.
 """
 
+import itertools
 import os
 
 import torch
@@ -99,7 +100,7 @@ def cpu_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 def _typed_values(argv: list[str]) -> dict[str, str]:
     """Return flag -> value for `--flag v` and `--flag=v`, and "" for a flag without a value."""
     typed = {}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         flag, equals, value = word.partition("=")
         if flag.startswith("--"):
             typed[flag] = value if equals else "" if following.startswith("--") else following

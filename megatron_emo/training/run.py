@@ -39,7 +39,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
             program_start=program_start, main_entry=program_start
         )
     args = parse_and_validate_args(
-        extra_args_provider=add_emo_arguments,
+        extra_args_provider=lambda parser: compat.repair_help(add_emo_arguments(parser)),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     check_supported(args)

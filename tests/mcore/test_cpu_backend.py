@@ -56,6 +56,7 @@ def test_what_only_cuda_can_do_is_refused_by_its_flag(argv):
 
 def test_flags_that_ask_for_nothing_pass():
     cpu.cpu_arguments(["--context-parallel-size", "1", "--cuda-graph-impl", "none"])
+    cpu.cpu_arguments([])
 
 
 def test_a_plain_process_is_rank_0_of_1(monkeypatch):

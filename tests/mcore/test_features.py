@@ -118,6 +118,47 @@ def test_packed_sequences_train_as_masked_ones(
             assert packed[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
 
 
+def check_masked_labels_may_hold_anything():
+    from types import SimpleNamespace
+
+    from megatron_emo import build_objective
+    from megatron_emo.training import cpu
+
+    cpu.enable([])
+    from megatron_emo.training.output_processor import emo_output_processor
+
+    class Head:
+        training, weight = True, torch.eye(8)
+
+        def __call__(self, hidden_states, weight, runtime_gather_output):
+            return hidden_states, None
+
+    context = SimpleNamespace(
+        objective=lambda: build_objective("emo1"),
+        cost_embedding=lambda weight, is_training: weight,
+        tp_group=None,
+        vocab_size=8,
+    )
+    labels = torch.tensor([[1, 2, -100], [3, 99, 7]])
+    loss_mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    losses = emo_output_processor(
+        hidden_states=torch.randn(3, 2, 8),  # [s, b, V]: this head changes nothing
+        output_layer=Head(),
+        output_weight=None,
+        labels=labels,
+        loss_mask=loss_mask,
+        scale_logits=lambda logits: logits,
+        runtime_gather_output=None,
+        context=context,
+    )
+    assert losses.shape == (2, 3)
+    assert ((losses == 0) == (loss_mask == 0)).all()
+
+
+def test_masked_labels_may_hold_anything(run_distributed):
+    run_distributed(1)(check_masked_labels_may_hold_anything)
+
+
 def test_start_and_ramp_move_from_mle_to_the_objective(run_pretraining, from_checkpoint):
     mle = run_pretraining(1, *from_checkpoint, *SHORT, objective="mle")
     late = run_pretraining(1, *from_checkpoint, *SHORT, "--emo-start-iter", "2")
