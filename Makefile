@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 quickstart: env
-	bash examples/quickstart/run_all.sh
+	PYTHON=$(VPY) bash examples/quickstart/run_all.sh
 
 test: env
 	$(VPY) -m pytest -m "not slow and not gpu"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from functools import partial
 
+import torch
+
 from megatron_emo.training import compat, cpu
 from megatron_emo.training.arguments import (
     EmoConfig,
@@ -47,6 +49,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     preflight.check_before_start(args, config)
     megatron_training.print_rank_0(_summary(config))
 
+    owns_process_group = not torch.distributed.is_initialized()
     # After our own parse: it parses again, with Megatron's flags alone, and would answer --help.
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(megatron_training.pretrain)
     model_config = argument_utils.gpt_config_from_args(args)
@@ -58,6 +61,12 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
         store=store,
         get_embedding_ranks=steps.get_embedding_ranks,
     )
+    writer = megatron_training.get_tensorboard_writer()
+    if writer:
+        writer.flush()  # the last validation comes after the loop's own flush
+    if owns_process_group:
+        # Threads of groups still alive at interpreter exit can abort a finished run.
+        torch.distributed.destroy_process_group()
 
 
 def _summary(config: EmoConfig) -> str:
