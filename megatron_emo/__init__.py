@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_emo.loss.drop_in import EMOLoss
-    from megatron_emo.loss.vocab_parallel import LossOutput, vocab_parallel_loss
+    from megatron_emo.loss.fused_linear import fused_linear_loss
+    from megatron_emo.loss.statistics import LossOutput
+    from megatron_emo.loss.vocab_parallel import vocab_parallel_loss
     from megatron_emo.objectives import Objective, build_objective
 
 __version__ = "0.1.0"
@@ -19,14 +21,16 @@ __all__ = [
     "Objective",
     "__version__",
     "build_objective",
+    "fused_linear_loss",
     "vocab_parallel_loss",
 ]
 
 _HOME = {
     "EMOLoss": "megatron_emo.loss.drop_in",
-    "LossOutput": "megatron_emo.loss.vocab_parallel",
+    "LossOutput": "megatron_emo.loss.statistics",
     "Objective": "megatron_emo.objectives",
     "build_objective": "megatron_emo.objectives",
+    "fused_linear_loss": "megatron_emo.loss.fused_linear",
     "vocab_parallel_loss": "megatron_emo.loss.vocab_parallel",
 }
 

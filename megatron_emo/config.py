@@ -84,6 +84,27 @@ class ScheduleConfig:
         return 1.0 if past >= self.ramp_iters else past / self.ramp_iters
 
 
+LOSS_PATHS = ("auto", "logits", "recompute", "forward")
+
+
+@dataclass(frozen=True)
+class LossPathConfig:
+    """What lives through the forward of the output layer and loss; the numbers are the same."""
+
+    path: str = "auto"
+    """logits: by Megatron's output layer, kept for the backward. recompute: formed a chunk at
+    a time, twice. forward: formed once, with the gradients; for an upstream gradient that is the
+    loss mask times one scalar, else as recompute. auto: logits where they and the cost rows fit
+    workspace_mb, else recompute."""
+    workspace_mb: int = 512
+    """MiB that logits or their chunks may take on a rank."""
+
+    def __post_init__(self) -> None:
+        if self.path not in LOSS_PATHS:
+            raise ValueError(f"path: expected one of {', '.join(LOSS_PATHS)}, got {self.path!r}")
+        _check_range("workspace_mb", self.workspace_mb, above=0)
+
+
 def _check_range(
     name: str,
     value: float | None,

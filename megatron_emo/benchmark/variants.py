@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_emo.benchmark.tokens import zipf_token_ids
 from megatron_emo.cost_embedding import unit_rows
+from megatron_emo.loss.fused_linear import fused_linear_loss
 from megatron_emo.loss.vocab_parallel import vocab_parallel_loss
 from megatron_emo.objectives import build_objective
 from megatron_emo.reference import reference_loss
@@ -111,6 +112,34 @@ def _logits_path(objective_name: str, problem: Problem) -> MeanLoss:
     return loss
 
 
+def _fused_path(objective_name: str, path: str, problem: Problem) -> MeanLoss:
+    objective = build_objective(objective_name)
+    hidden, weight, target, cost_embedding = problem
+
+    def loss() -> Tensor:
+        return fused_linear_loss(
+            hidden,
+            weight,
+            target,
+            objective,
+            cost_embedding if objective.uses_cost else None,
+            path=path,
+            cost_embedding_is_normalized=True,
+        ).loss.mean()
+
+    return loss
+
+
+def _fused_variants() -> dict[str, Variant]:
+    return {
+        f"{objective}-fused-{path}": Variant(
+            partial(_fused_path, objective, path), objective, baseline=f"mle-fused-{path}"
+        )
+        for path in ("logits", "recompute", "forward")
+        for objective in ("mle", "emo1")
+    }
+
+
 def _torch_cross_entropy(problem: Problem) -> MeanLoss:
     return lambda: F.cross_entropy(F.linear(problem.hidden, problem.weight), problem.target)
 
@@ -137,6 +166,7 @@ def _released_emo_loss(problem: Problem) -> MeanLoss:
 VARIANTS: dict[str, Variant] = {
     "mle-logits": Variant(partial(_logits_path, "mle"), "mle"),
     "emo1-logits": Variant(partial(_logits_path, "emo1"), "emo1"),
+    **_fused_variants(),
     "torch-ce": Variant(_torch_cross_entropy, "mle"),
     "emoloss-0.0.3": Variant(
         _released_emo_loss,
@@ -145,7 +175,8 @@ VARIANTS: dict[str, Variant] = {
         is_available=lambda: _released_path().is_file(),
     ),
 }
-"""OBJECTIVE-PATH for this package's own; path `logits` is F.linear and `vocab_parallel_loss`."""
+"""OBJECTIVE-PATH for this package's own: `logits` is F.linear and `vocab_parallel_loss`, `fused-*`
+are the paths of `fused_linear_loss`."""
 
 PLAIN = "torch-ce"
 """What a user has without this package; ratios are taken against it too."""

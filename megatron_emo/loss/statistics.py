@@ -1,0 +1,165 @@
+"""Per-token numbers: merged over the vocabulary's shards, and what the gradient needs of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_emo.objectives import Objective
+
+EXP_UNDERFLOW = -1e4
+"""exp is 0 here in every dtype; keeps 0 * z from being 0 * -inf."""
+
+
+class LossOutput(NamedTuple):
+    """Per-token results in the target's shape, fp32 (fp64 for fp64 logits), 0 where masked.
+
+    Gradient flows through `loss` alone.
+    """
+
+    loss: Tensor
+    """The objective, unreduced."""
+    mle_loss: Tensor
+    """m, cross-entropy in nats."""
+    emo_loss: Tensor
+    """d, expected cost in [0, 2]; 0 without a cost embedding."""
+    weight: Tensor
+    """The objective's dynamic weight (see `Objective.dynamic_weight`)."""
+    entropy: Tensor | None
+    """Entropy of q in nats, when asked for."""
+
+
+class Shard(NamedTuple):
+    """Where this rank's part of the vocabulary lies; plain values for the autograd functions."""
+
+    vocab_start_index: int
+    partition_vocab_size: int
+    tp_group: dist.ProcessGroup | None
+    """None for one rank."""
+
+
+class Columns(NamedTuple):
+    """Where token ids lie in this shard."""
+
+    column: Tensor
+    """[N, 1], clamped into the shard."""
+    owned: Tensor
+    """[N, 1], whether the shard has the id at all."""
+
+    def rows(self, rows: slice) -> Columns:
+        """Return those of a block of tokens."""
+        return Columns(self.column[rows], self.owned[rows])
+
+
+class TokenStatistics(NamedTuple):
+    """Per-token numbers [N] over the whole vocabulary, the same bits on every rank."""
+
+    logits_max: Tensor
+    log_sum_exp: Tensor
+    """log sum_j exp(z_j - logits_max)."""
+    mle_loss: Tensor
+    emo_loss: Tensor
+    entropy: Tensor | None
+
+
+class TokenGradient(NamedTuple):
+    """Per-token numbers [N] from which row kernels form dloss/dz."""
+
+    logits_max: Tensor
+    log_sum_exp: Tensor
+    base: Tensor
+    """g (a - b d), with g the upstream gradient."""
+    emo_weight: Tensor
+    """g b."""
+    at_target: Tensor
+    """dloss/dz_t = g [a expm1(-m) - b q_t d], which keeps its digits as q_t tends to 1."""
+
+    def rows(self, rows: slice) -> TokenGradient:
+        """Return those of a block of tokens."""
+        return TokenGradient(*(x[rows] for x in self))
+
+
+def make_shard(partition_vocab_size: int, tp_group: dist.ProcessGroup | None) -> Shard:
+    """Return this rank's shard of an evenly split vocabulary."""
+    if tp_group is None or tp_group.size() == 1:
+        return Shard(0, partition_vocab_size, None)
+    return Shard(dist.get_rank(tp_group) * partition_vocab_size, partition_vocab_size, tp_group)
+
+
+def full_vocab_size(shard: Shard) -> int:
+    """Return the vocabulary's size over all shards, padding included."""
+    return shard.partition_vocab_size * (1 if shard.tp_group is None else shard.tp_group.size())
+
+
+def locate(token_ids: Tensor, shard: Shard) -> Columns:
+    """Return where ids [N] lie in the shard."""
+    column = (token_ids - shard.vocab_start_index)[:, None]
+    owned = (column >= 0) & (column < shard.partition_vocab_size)
+    return Columns(column.clamp(0, shard.partition_vocab_size - 1), owned)
+
+
+def num_statistics(has_cost: bool, with_entropy: bool) -> int:
+    """Return how many numbers a token sends in the all-gather."""
+    return 3 + has_cost + with_entropy
+
+
+def gather_statistics(statistics: Tensor, shard: Shard) -> Tensor:
+    """Return all ranks' statistics [tp, S, N], in rank order; one all-gather, none on one rank."""
+    if shard.tp_group is None:
+        return statistics[None]
+    gathered = statistics.new_empty(shard.tp_group.size(), *statistics.shape)
+    dist.all_gather(list(gathered.unbind()), statistics, group=shard.tp_group)
+    return gathered
+
+
+def merge_statistics(statistics: Tensor, has_cost: bool, with_entropy: bool) -> TokenStatistics:
+    """Return the whole vocabulary's numbers from every rank's [tp, S, N], summed in rank order."""
+    shard_max, shard_target = statistics[:, 0], statistics[:, 1]
+    logits_max, z_target = shard_max.amax(dim=0), shard_target.amax(dim=0)
+    scale = torch.where(shard_max == -torch.inf, 0.0, torch.exp(shard_max - logits_max))
+    sums = statistics[:, 2:] * scale[:, None]
+    if with_entropy:
+        # e^z z was taken about each shard's own maximum; move it to the common one.
+        sums[:, -1] += sums[:, 0] * (shard_max - logits_max).clamp(min=EXP_UNDERFLOW)
+    # An explicit loop: a reduction may choose its order by shape.
+    total = sums[0]
+    for shard_sums in sums[1:]:
+        total = total + shard_sums
+    others = total[0]
+    shifted_target = z_target - logits_max
+    target_exp = torch.exp(shifted_target)
+    sum_exp = others + target_exp
+    # When the target leads, its exp is 1 and log1p keeps the digits of a small remainder.
+    log_sum_exp = torch.where(shifted_target == 0, torch.log1p(others), torch.log(sum_exp))
+    emo_loss = total[1] / sum_exp if has_cost else torch.zeros_like(others)
+    entropy = None
+    if with_entropy:
+        mean_logit = total[-1] + target_exp * shifted_target.clamp(min=EXP_UNDERFLOW)
+        entropy = log_sum_exp - mean_logit / sum_exp
+    mle_loss = log_sum_exp - shifted_target
+    return TokenStatistics(logits_max, log_sum_exp, mle_loss, emo_loss, entropy)
+
+
+def apply_objective(
+    stats: TokenStatistics, objective: Objective
+) -> tuple[LossOutput, Tensor, Tensor]:
+    """Return (results [N], a, b) of every token."""
+    m, d = stats.mle_loss, stats.emo_loss
+    q_t = torch.exp(-m)
+    loss, mle_weight, emo_weight = objective(m, q_t, d)
+    weight = objective.dynamic_weight(m, q_t, d)
+    # An objective may return m or d itself; the differentiable output needs its own tensor.
+    return LossOutput(loss.clone(), m, d, weight, stats.entropy), mle_weight, emo_weight
+
+
+def token_gradient(
+    stats: TokenStatistics, mle_weight: Tensor, emo_weight: Tensor, grad_loss: Tensor
+) -> TokenGradient:
+    """Return what the row kernels need; the upstream gradient [N] is folded into the weights."""
+    m, d = stats.mle_loss, stats.emo_loss
+    a, b = grad_loss * mle_weight, grad_loss * emo_weight
+    at_target = a * torch.expm1(-m) - b * d * torch.exp(-m)
+    return TokenGradient(stats.logits_max, stats.log_sum_exp, a - b * d, b, at_target)
