@@ -7,8 +7,10 @@ import os
 from dataclasses import dataclass
 
 from megatron_emo.config import (
+    LOSS_PATHS,
     OUTPUT_LAYER,
     CostEmbeddingConfig,
+    LossPathConfig,
     ObjectiveConfig,
     ScheduleConfig,
 )
@@ -35,6 +37,7 @@ class EmoConfig:
     cost_embedding: CostEmbeddingConfig | None
     """None where neither the objective nor the command line asks for a cost."""
     schedule: ScheduleConfig
+    loss_path: LossPathConfig
 
     def build_objective(self) -> Objective:
         """Return the objective these settings name."""
@@ -72,6 +75,20 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=0,
         help="Iterations over which the objective's share grows linearly from 0 to 1 after "
         "--emo-start-iter. Default: 0, at once.",
+    )
+    group.add_argument(
+        "--emo-loss-path",
+        choices=LOSS_PATHS,
+        default=LossPathConfig.path,
+        help="How logits are held. logits: by the output layer, kept for the backward. recompute: "
+        "a chunk at a time, formed again in the backward. forward: a chunk at a time, with the "
+        "gradients. Default: auto, logits where they fit --emo-workspace-mb, else recompute.",
+    )
+    group.add_argument(
+        "--emo-workspace-mb",
+        type=int,
+        default=LossPathConfig.workspace_mb,
+        help="MiB that logits or their chunks may take on a rank. Default: %(default)s.",
     )
     group.add_argument(
         "--emo-weight-max",
@@ -120,6 +137,7 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
         objective = ObjectiveConfig(name=args.objective, **given)
         uses_cost = build_objective(objective).uses_cost
         schedule = ScheduleConfig(args.emo_start_iter, args.emo_ramp_iters)
+        loss_path = LossPathConfig(args.emo_loss_path, args.emo_workspace_mb)
     except ValueError as error:
         flags = [f"--emo-{name.replace('_', '-')}" for name in _OBJECTIVE_FLAGS]
         raise ValueError(
@@ -132,7 +150,25 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
             "which is no file; tools/prepare_cost_embedding.py makes one"
         )
     cost_embedding = None if source is None else CostEmbeddingConfig(source)
-    return EmoConfig(objective, cost_embedding, schedule)
+    if loss_path.path in ("recompute", "forward"):
+        _check_fused_path(args)
+    return EmoConfig(objective, cost_embedding, schedule, loss_path)
+
+
+def fused_path_obstacle(args: argparse.Namespace) -> str:
+    """Return the flag that needs the output layer to be called as a module, "" if there is none."""
+    if args.use_distributed_optimizer and args.overlap_param_gather:
+        return "--overlap-param-gather"  # its hooks fetch the weight when the module is called
+    return "--defer-embedding-wgrad-compute" if args.defer_embedding_wgrad_compute else ""
+
+
+def _check_fused_path(args: argparse.Namespace) -> None:
+    obstacle = fused_path_obstacle(args)
+    if obstacle:
+        raise ValueError(
+            f"--emo-loss-path {args.emo_loss_path}: does not go with {obstacle}, which acts where "
+            "the output layer is called; use --emo-loss-path logits"
+        )
 
 
 def check_supported(args: argparse.Namespace) -> None:

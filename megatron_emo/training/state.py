@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args, get_tokenizer, print_rank_last
 from torch import Tensor
 
 from megatron_emo.config import OUTPUT_LAYER
@@ -15,9 +15,10 @@ from megatron_emo.cost_embedding import (
     adaptive_cost_embedding,
     load_cost_embedding_shard,
 )
-from megatron_emo.loss.vocab_parallel import LossOutput
+from megatron_emo.loss.fused_linear import bytes_kept_with_logits
+from megatron_emo.loss.statistics import LossOutput
 from megatron_emo.objectives import Objective, blend_with_mle
-from megatron_emo.training.arguments import EmoConfig
+from megatron_emo.training.arguments import EmoConfig, fused_path_obstacle
 
 
 class LossState:
@@ -36,6 +37,7 @@ class LossState:
         self._objective = config.build_objective()
         self._table: Tensor | None = None
         self._table_key: Any = None
+        self._auto_path: str | None = None
 
     @property
     def tp_group(self) -> torch.distributed.ProcessGroup:
@@ -80,6 +82,23 @@ class LossState:
                 )
             self._table_key = key
         return self._table
+
+    def loss_path(self, num_tokens: int, partition_vocab_size: int, itemsize: int) -> str:
+        """Return logits, recompute or forward; auto is decided at the first call, and printed."""
+        path, workspace_mb = self.config.loss_path.path, self.config.loss_path.workspace_mb
+        if path != "auto":
+            return path
+        if self._auto_path is None:
+            # At worst all targets of a microbatch differ.
+            num_distinct = num_tokens if self.config.cost_embedding is not None else 0
+            kept = bytes_kept_with_logits(num_tokens, num_distinct, partition_vocab_size, itemsize)
+            obstacle = fused_path_obstacle(get_args())
+            fits = kept <= workspace_mb << 20
+            self._auto_path = "logits" if fits or obstacle else "recompute"
+            reason = f"logits and cost rows take up to {kept / 2**20:.0f} MiB of {workspace_mb}"
+            reason += f", and {obstacle} needs the output layer" if obstacle and not fits else ""
+            print_rank_last(f"> loss path {self._auto_path}: {reason}")
+        return self._auto_path
 
     def statistics(self, loss_mask: Tensor) -> dict[str, Tensor]:
         """Return name -> [sum over counted tokens] of the newest forward, for the log.

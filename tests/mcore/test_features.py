@@ -118,17 +118,18 @@ def test_packed_sequences_train_as_masked_ones(
             assert packed[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
 
 
-def check_masked_labels_may_hold_anything():
+def check_masked_labels_may_hold_anything(path):
     from types import SimpleNamespace
 
     from megatron_emo import build_objective
+    from megatron_emo.config import LossPathConfig
     from megatron_emo.training import cpu
 
     cpu.enable([])
     from megatron_emo.training.output_processor import emo_output_processor
 
     class Head:
-        training, weight = True, torch.eye(8)
+        training, weight, sequence_parallel = True, torch.eye(8), False
 
         def __call__(self, hidden_states, weight, runtime_gather_output):
             return hidden_states, None
@@ -138,6 +139,8 @@ def check_masked_labels_may_hold_anything():
         cost_embedding=lambda weight, is_training: weight,
         tp_group=None,
         vocab_size=8,
+        loss_path=lambda *sizes: path,
+        config=SimpleNamespace(loss_path=LossPathConfig()),
     )
     labels = torch.tensor([[1, 2, -100], [3, 99, 7]])
     loss_mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
@@ -155,8 +158,9 @@ def check_masked_labels_may_hold_anything():
     assert ((losses == 0) == (loss_mask == 0)).all()
 
 
-def test_masked_labels_may_hold_anything(run_distributed):
-    run_distributed(1)(check_masked_labels_may_hold_anything)
+@pytest.mark.parametrize("path", ["logits", "recompute", "forward"])
+def test_masked_labels_may_hold_anything(run_distributed, path):
+    run_distributed(1)(check_masked_labels_may_hold_anything, path=path)
 
 
 def test_start_and_ramp_move_from_mle_to_the_objective(run_pretraining, from_checkpoint):

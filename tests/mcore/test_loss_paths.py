@@ -1,0 +1,59 @@
+"""--emo-loss-path through pretrain(): every path trains as the logits path does."""
+
+from __future__ import annotations
+
+import pytest
+from pretraining import DATA, MODEL, TRAINING
+
+TP2 = ("--tensor-model-parallel-size", "2")
+SHORT = ("--train-iters", "4", "--eval-interval", "4")
+LAYOUTS = {
+    "one rank": (1, ()),
+    "tp2": (2, TP2),
+    "tp2 sp": (2, (*TP2, "--sequence-parallel")),
+    "dp2 distributed optimizer": (2, ("--use-distributed-optimizer",)),
+    "tp2 mtp": (2, (*TP2, "--mtp-num-layers", "1")),
+    "mup": (1, ("--use-mup", "--mup-base-hidden-size", "16")),
+    "per-token loss": (1, ("--calculate-per-token-loss",)),
+}
+
+
+SLOW = {"tp2", "per-token loss"}
+
+
+@pytest.fixture(scope="module")
+def logits_runs():
+    return {}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS],
+)
+@pytest.mark.parametrize("path", ["recompute", "forward"])
+def test_path_trains_as_the_logits_path(run_pretraining, logits_runs, layout, path):
+    world_size, flags = LAYOUTS[layout]
+    flags = (*SHORT, *flags, "--emo-loss-path")
+    if layout not in logits_runs:
+        logits_runs[layout] = run_pretraining(world_size, *flags, "logits")
+    expected, fused = logits_runs[layout], run_pretraining(world_size, *flags, path)
+    for name in ("lm loss", "emo loss", "entropy", "grad-norm", "emo loss validation"):
+        for iteration, value in expected[name].items():
+            assert fused[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
+    assert expected["lm loss"][4] < expected["lm loss"][1]
+
+
+def test_tied_head_gets_both_gradients(run_pretraining):
+    base = [f for f in MODEL + TRAINING + DATA if f != "--untie-embeddings-and-output-weights"]
+    flags = (*SHORT, *TP2)
+    expected = run_pretraining(2, *flags, "--emo-loss-path", "logits", base=base)
+    fused = run_pretraining(2, *flags, "--emo-loss-path", "recompute", base=base)
+    for name in ("lm loss", "grad-norm"):
+        for iteration, value in expected[name].items():
+            assert fused[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
+
+
+def test_a_path_that_skips_the_output_layers_hooks_is_refused(run_pretraining):
+    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+    with pytest.raises(AssertionError, match="does not go with --overlap-param-gather"):
+        run_pretraining(2, *SHORT, *flags, "--emo-loss-path", "recompute")
