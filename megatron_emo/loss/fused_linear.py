@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_emo.config import LossPathConfig
 from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.loss.checks import check_inputs, check_targets
-from megatron_emo.loss.kernels import row_blocks, row_gradient_, row_statistics_
+from megatron_emo.loss.kernels import row_gradient, row_statistics
 from megatron_emo.loss.statistics import (
     LossOutput,
     Shard,
@@ -216,34 +216,6 @@ def _chunk_cost(plan: _Plan, rows: slice) -> tuple[Tensor | None, Tensor | None]
     return cost_of_targets(targets, plan.unit_embedding, plan.compute_dtype), cost_row - first
 
 
-def _chunk_statistics(z: Tensor, plan: _Plan, rows: slice, cost: tuple, keep_z: bool) -> Tensor:
-    """Return [S, n] of a chunk's logits z; overwrites z unless it is to be kept."""
-    columns = locate(plan.target[rows], plan.shard)
-    blocks = []
-    for block in row_blocks(len(z), z.shape[1] * plan.compute_dtype.itemsize, z.device.type):
-        working = z[block].to(plan.compute_dtype, copy=keep_z)
-        cost_row = cost[1][block] if plan.has_cost else None
-        blocks.append(
-            row_statistics_(working, columns.rows(block), cost[0], cost_row, plan.with_entropy)
-        )
-    return torch.cat(blocks, dim=1)
-
-
-def _chunk_gradient_(
-    z: Tensor, plan: _Plan, rows: slice, cost: tuple, token: TokenGradient
-) -> Tensor:
-    """Return the chunk's logits z overwritten by their gradient, in z's dtype."""
-    columns = locate(plan.target[rows], plan.shard)
-    token = token.rows(rows)
-    for block in row_blocks(len(z), z.shape[1] * plan.compute_dtype.itemsize, z.device.type):
-        working = z[block].to(plan.compute_dtype)
-        cost_row = cost[1][block] if plan.has_cost else None
-        gradient = row_gradient_(working, columns.rows(block), token.rows(block), cost[0], cost_row)
-        if gradient.dtype != z.dtype:
-            z[block] = gradient
-    return z
-
-
 class _Kept(NamedTuple):
     """What the path logits keeps for the backward."""
 
@@ -286,7 +258,10 @@ def _statistics_of_all(
         out = None if kept is None else kept.logits[rows]
         z = torch.mm(hidden[rows], weight.T, out=out)
         cost = _chunk_cost(plan, rows)
-        local[:, rows] = _chunk_statistics(z, plan, rows, cost, kept is not None)
+        columns = locate(plan.target[rows], plan.shard)
+        local[:, rows] = row_statistics(
+            z, columns, *cost, plan.with_entropy, overwrite=kept is None
+        )
         if kept is not None:
             kept.costs.append(cost)
     gathered = gather_statistics(local, plan.shard)
@@ -305,7 +280,8 @@ def _backward_of_all(
     for index, rows in enumerate(plan.chunks):
         z = torch.mm(hidden[rows], weight.T) if kept is None else kept.logits[rows]
         cost = _chunk_cost(plan, rows) if kept is None else kept.costs[index]
-        grad_z = _chunk_gradient_(z, plan, rows, cost, token)
+        columns = locate(plan.target[rows], plan.shard)
+        grad_z = row_gradient(z, z, columns, token.rows(rows), *cost)
         gradients.add(grad_z, hidden, weight, rows)
     gradients.reduce()
     return gradients
@@ -320,13 +296,13 @@ def _forward_with_gradients(
     for rows in plan.chunks:
         z = torch.mm(hidden[rows], weight.T)
         cost = _chunk_cost(plan, rows)
-        local = _chunk_statistics(z, plan, rows, cost, keep_z=True)
-        gathered = gather_statistics(local.contiguous(), plan.shard)
+        columns = locate(plan.target[rows], plan.shard)
+        local = row_statistics(z, columns, *cost, plan.with_entropy)
+        gathered = gather_statistics(local, plan.shard)
         stats = merge_statistics(gathered, plan.has_cost, plan.with_entropy)
         _, mle_weight, emo_weight = apply_objective(stats, plan.objective)
         token = token_gradient(stats, mle_weight, emo_weight, plan.mask[rows])
-        here = plan._replace(target=plan.target[rows])
-        grad_z = _chunk_gradient_(z, here, slice(None), cost, token)
+        grad_z = row_gradient(z, z, columns, token, *cost)
         gradients.add(grad_z, hidden, weight, rows)
         parts.append(stats)
     gradients.reduce()

@@ -70,10 +70,12 @@ class TokenGradient(NamedTuple):
 
     logits_max: Tensor
     log_sum_exp: Tensor
-    base: Tensor
-    """g (a - b d), with g the upstream gradient."""
+    mle_weight: Tensor
+    """g a, with g the upstream gradient."""
     emo_weight: Tensor
     """g b."""
+    emo_loss: Tensor
+    """d."""
     at_target: Tensor
     """dloss/dz_t = g [a expm1(-m) - b q_t d], which keeps its digits as q_t tends to 1."""
 
@@ -162,4 +164,4 @@ def token_gradient(
     m, d = stats.mle_loss, stats.emo_loss
     a, b = grad_loss * mle_weight, grad_loss * emo_weight
     at_target = a * torch.expm1(-m) - b * d * torch.exp(-m)
-    return TokenGradient(stats.logits_max, stats.log_sum_exp, a - b * d, b, at_target)
+    return TokenGradient(stats.logits_max, stats.log_sum_exp, a, b, d, at_target)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.loss.checks import check_inputs, check_targets
-from megatron_emo.loss.kernels import row_blocks, row_gradient_, row_statistics_
+from megatron_emo.loss.kernels import row_gradient, row_statistics
 from megatron_emo.loss.statistics import (
     LossOutput,
     TokenStatistics,
@@ -28,7 +28,6 @@ from megatron_emo.loss.statistics import (
     locate,
     make_shard,
     merge_statistics,
-    num_statistics,
     token_gradient,
 )
 from megatron_emo.loss.target_cost import cost_of_targets, gather_target_rows
@@ -119,21 +118,8 @@ class _VocabParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, keep, cost, cost_row, objective, shard, with_entropy):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        columns = locate(target, shard)
         has_cost = cost is not None
-        local = torch.empty(
-            num_statistics(has_cost, with_entropy), len(logits), dtype=dtype, device=logits.device
-        )
-        row_bytes = shard.partition_vocab_size * dtype.itemsize
-        for rows in row_blocks(len(logits), row_bytes, logits.device.type):
-            local[:, rows] = row_statistics_(
-                logits[rows].to(dtype, copy=True),
-                columns.rows(rows),
-                cost,
-                cost_row[rows] if has_cost else None,
-                with_entropy,
-            )
+        local = row_statistics(logits, locate(target, shard), cost, cost_row, with_entropy)
         stats = merge_statistics(gather_statistics(local, shard), has_cost, with_entropy)
         outputs, mle_weight, emo_weight = apply_objective(stats, objective)
         if keep is not None:
@@ -151,16 +137,6 @@ class _VocabParallelLoss(torch.autograd.Function):
         stats = TokenStatistics(*stats, entropy=None)
         token = token_gradient(stats, mle_weight, emo_weight, grad_loss)
         columns = locate(target, ctx.shard)
-        dtype = stats.mle_loss.dtype
         grad = torch.empty_like(logits)
-        row_bytes = ctx.shard.partition_vocab_size * dtype.itemsize
-        for rows in row_blocks(len(logits), row_bytes, logits.device.type):
-            block = row_gradient_(
-                logits[rows].to(dtype, copy=True),
-                columns.rows(rows),
-                token.rows(rows),
-                cost,
-                None if cost is None else cost_row[rows],
-            )
-            grad[rows] = block if keep is None else block.masked_fill_(~keep[rows, None], 0.0)
+        row_gradient(logits, grad, columns, token, cost, cost_row, keep)
         return grad, None, None, None, None, None, None, None
