@@ -58,6 +58,8 @@ class CostEmbeddingConfig:
     source: str = OUTPUT_LAYER
     """A safetensors file made by tools/prepare_cost_embedding.py, or "output-layer": the live head,
     detached and normalised anew at every step."""
+    dtype: str = "fp32"
+    """What a rank holds its rows in: fp32, bf16 or fp8 (e4m3, refused where it costs over 1%)."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 VOCAB_SIZE = 123
 ITERATIONS = 10
 
@@ -26,11 +28,12 @@ DATA = f"""
 """.split()
 
 
-def pretrain(argv: list[str], use_megatron_loss: bool = False) -> None:
+def pretrain(argv: list[str], use_megatron_loss: bool = False, error: str | None = None) -> None:
     """Run `pretrain_gpt(argv)` in this rank and leave the process as it was; for `run_distributed`.
 
     Args:
         use_megatron_loss: train on GPTModel's own cross-entropy instead, the independent baseline.
+        error: pattern of the ValueError with which the run must end; None if it must not.
     """
     from megatron_emo.training import compat, cpu, run
 
@@ -38,8 +41,11 @@ def pretrain(argv: list[str], use_megatron_loss: bool = False) -> None:
     try:
         if use_megatron_loss:
             _pretrain_with_megatron_loss(argv)
-        else:
+        elif error is None:
             run.pretrain_gpt(argv)
+        else:
+            with pytest.raises(ValueError, match=error):
+                run.pretrain_gpt(argv)
     finally:
         if cpu.is_needed():
             compat.reset_megatron_state()

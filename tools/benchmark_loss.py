@@ -34,9 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--variants",
         nargs="+",
-        default=[],
+        default=list(default.variants),
         metavar="NAME",
-        help=f"of {', '.join(VARIANTS)}; default: all that can run here",
+        help=f"of {', '.join(VARIANTS)}; all for all that can run here; "
+        f"default: {' '.join(default.variants)}",
     )
     add("--tokens", metavar="FILE", help="target ids: a .npy file, or a .bin/.idx prefix")
     add("--text", metavar="FILE", help="target ids from a text, with --tokenizer")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_emo.benchmark.variants import (
+    DEFAULT_VARIANTS,
     PLAIN,
     VARIANTS,
     MeanLoss,
@@ -44,11 +45,11 @@ class BenchmarkConfig:
     dtype: str = "fp32"
     """Of hidden states, weight and cost table."""
     device: str = "cpu"
-    rounds: int = 20
-    warmup: int = 3
+    rounds: int = 5
+    warmup: int = 1
     """Rounds that are run and not counted."""
-    variants: tuple[str, ...] = ()
-    """Names in VARIANTS; empty for all that can run here."""
+    variants: tuple[str, ...] = DEFAULT_VARIANTS
+    """Names in VARIANTS, or "all" for all that can run here."""
     seed: int = 1234
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class BenchmarkConfig:
                 raise ValueError(f"{flag}: expected at least {least}, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not self.variants:
+        if self.variants == ("all",):
             object.__setattr__(self, "variants", available_variants())
         for name in self.variants:
             if name not in VARIANTS:

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 import megatron_emo
-from megatron_emo.benchmark.measure import BenchmarkConfig, Ratio, VariantResult
+from megatron_emo.benchmark.measure import BenchmarkConfig, VariantResult
 from megatron_emo.benchmark.tokens import Target
 
 
@@ -50,9 +50,7 @@ def write_json(path: str, run: dict, results: dict[str, VariantResult]) -> None:
 
 
 def format_report(run: dict, results: dict[str, VariantResult]) -> str:
-    """Return the header and the table, one row per variant and clock; `Ratio` says what the three
-    columns under "over" are.
-    """
+    """Return the header, a row per variant and clock, and a row per ratio (see `Ratio`)."""
     config, target, load = run["config"], run["target"], run["load_average"]
     sizes = "N={num_tokens} V={vocab_size} h={hidden_size} d={cost_dim} {dtype}".format(**config)
     lines = [
@@ -64,23 +62,30 @@ def format_report(run: dict, results: dict[str, VariantResult]) -> str:
         f"torch {run['torch']}, python {run['python']}, commit {run['commit']}, {run['date']}",
         "",
     ]
-    bases = list(dict.fromkeys(base for result in results.values() for base in result.baselines()))
-    titles = "".join(f"  {f'over {base}: median, min, of minima':>41}" for base in bases)
-    lines.append(f"{'variant':<15}clock{'min s':>9}{'median s':>10}{titles}  peak MB  grad error")
+    width = max(map(len, results))
+    lines.append(f"{'variant':<{width}}  clock    min s  median s   peak MB  grad error")
     for name, result in results.items():
         for clock, seconds in result.seconds.items():
-            ratios = "".join(_ratio_columns(result.ratios[clock].get(base)) for base in bases)
             lines.append(
-                f"{name:<15}{clock:<5}{min(seconds):>9.3f}{median(seconds):>10.3f}{ratios}"
-                f"{result.peak_bytes / 1e6:>9.1f}{result.gradient_error:>12.1e}"
+                f"{name:<{width}}  {clock:<5}{min(seconds):>9.3f}{median(seconds):>10.3f}"
+                f"{result.peak_bytes / 1e6:>10.1f}{result.gradient_error:>12.1e}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_ratio_lines(results, width)])
 
 
-def _ratio_columns(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return f"{'-':>43}"
-    return f"{ratio.median:>23.3f}{ratio.min:>8.3f}{ratio.of_minima:>12.3f}"
+def _ratio_lines(results: dict[str, VariantResult], width: int) -> list[str]:
+    """Return a line per pair of variants and clock: time ratio over rounds, and peak over peak."""
+    lines = [f"{'ratio':<{2 * width + 8}}clock  median     min  of minima    peak"]
+    for name, result in results.items():
+        for base in result.baselines():
+            peak = result.peak_bytes / results[base].peak_bytes
+            for clock, ratios in result.ratios.items():
+                ratio = ratios[base]
+                lines.append(
+                    f"{name:<{width}}  over  {base:<{width}}{clock:<5}{ratio.median:>8.3f}"
+                    f"{ratio.min:>8.3f}{ratio.of_minima:>11.3f}{peak:>8.3f}"
+                )
+    return lines
 
 
 def write_png(path: str, run: dict, results: dict[str, VariantResult]) -> None:

@@ -178,6 +178,8 @@ VARIANTS: dict[str, Variant] = {
 """OBJECTIVE-PATH for this package's own: `logits` is F.linear and `vocab_parallel_loss`, `fused-*`
 are the paths of `fused_linear_loss`."""
 
+DEFAULT_VARIANTS = ("mle-logits", "emo1-logits", "torch-ce")
+
 PLAIN = "torch-ce"
 """What a user has without this package; ratios are taken against it too."""
 

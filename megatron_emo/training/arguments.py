@@ -14,6 +14,7 @@ from megatron_emo.config import (
     ObjectiveConfig,
     ScheduleConfig,
 )
+from megatron_emo.cost_embedding.narrow import DTYPES
 from megatron_emo.objectives import OBJECTIVES, Objective, build_objective
 
 _OBJECTIVE_FLAGS = (
@@ -62,6 +63,14 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="Cost embedding: a safetensors file from tools/prepare_cost_embedding.py, or "
         "output-layer, the live head, detached and normalised anew each step. Default: "
         "output-layer for objectives with a cost; none for the others, which then do not log it.",
+    )
+    group.add_argument(
+        "--emo-cost-dtype",
+        choices=list(DTYPES),
+        default=CostEmbeddingConfig.dtype,
+        help="What a rank holds its rows of the table in. fp8 is e4m3 with a constant scale, "
+        "measured when the table is read and refused where costs would be off by over 1%%. "
+        "Default: fp32.",
     )
     group.add_argument(
         "--emo-start-iter",
@@ -149,7 +158,9 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
             f"--emo-cost-embedding: expected {OUTPUT_LAYER} or a safetensors file, got {source}, "
             "which is no file; tools/prepare_cost_embedding.py makes one"
         )
-    cost_embedding = None if source is None else CostEmbeddingConfig(source)
+    cost_embedding = None
+    if source is not None:
+        cost_embedding = CostEmbeddingConfig(source, args.emo_cost_dtype)
     if loss_path.path in ("recompute", "forward"):
         _check_fused_path(args)
     return EmoConfig(objective, cost_embedding, schedule, loss_path)

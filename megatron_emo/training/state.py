@@ -15,6 +15,7 @@ from megatron_emo.cost_embedding import (
     adaptive_cost_embedding,
     load_cost_embedding_shard,
 )
+from megatron_emo.cost_embedding.narrow import DTYPES, narrow_rows, narrow_rows_checked
 from megatron_emo.loss.fused_linear import bytes_kept_with_logits
 from megatron_emo.loss.statistics import LossOutput
 from megatron_emo.objectives import Objective, blend_with_mle
@@ -69,19 +70,29 @@ class LossState:
             self._table = None  # free the old one first
             start = self.tp_group.rank() * output_weight.shape[0]
             if live:
-                self._table = adaptive_cost_embedding(
+                rows = adaptive_cost_embedding(
                     output_weight, vocab_start_index=start, vocab_size=self.vocab_size
                 )
             else:
-                self._table = load_cost_embedding_shard(
+                rows = load_cost_embedding_shard(
                     source,
                     vocab_start_index=start,
                     vocab_end_index=start + output_weight.shape[0],
                     vocab_size=self.vocab_size,
                     device=output_weight.device,
                 )
+            self._table = self._narrowed(rows, is_first=self._table_key is None)
             self._table_key = key
         return self._table
+
+    def _narrowed(self, rows: Tensor, is_first: bool) -> Tensor:
+        """Return rows in the dtype asked for; its error is measured at the first table alone."""
+        name = self.config.cost_embedding.dtype
+        if name == "fp32" or not is_first:
+            return narrow_rows(rows, DTYPES[name])
+        narrow, error = narrow_rows_checked(rows, DTYPES[name], "--emo-cost-dtype")
+        print_rank_last(f"> cost table in {name}: costs are off by {error:.2%} (root mean square)")
+        return narrow
 
     def loss_path(self, num_tokens: int, partition_vocab_size: int, itemsize: int) -> str:
         """Return logits, recompute or forward; auto is decided at the first call, and printed."""

@@ -46,7 +46,10 @@ def from_checkpoint(initial_checkpoint) -> list[str]:
 
 @pytest.fixture
 def run_pretraining(run_distributed, tmp_path, cost_embedding) -> Callable:
-    """Return run(world_size, *flags) -> scalars by name and iteration of one run."""
+    """Return run(world_size, *flags) -> scalars by name and iteration of one run.
+
+    With error=PATTERN the run must end in a ValueError that matches it, on every rank.
+    """
     count = 0
 
     def run(
@@ -56,6 +59,7 @@ def run_pretraining(run_distributed, tmp_path, cost_embedding) -> Callable:
         cost: str | None = str(cost_embedding),
         base: list[str] | None = None,
         use_megatron_loss: bool = False,
+        error: str | None = None,
     ) -> dict[str, dict[int, float]]:
         nonlocal count
         count += 1
@@ -66,7 +70,9 @@ def run_pretraining(run_distributed, tmp_path, cost_embedding) -> Callable:
         if not use_megatron_loss:
             argv += ["--objective", objective]
             argv += ["--emo-cost-embedding", cost] if cost else []
-        run_distributed(world_size)(pretrain, argv=argv, use_megatron_loss=use_megatron_loss)
+        run_distributed(world_size)(
+            pretrain, argv=argv, use_megatron_loss=use_megatron_loss, error=error
+        )
         return read_scalars(logs)
 
     return run

@@ -55,5 +55,19 @@ def test_tied_head_gets_both_gradients(run_pretraining):
 
 def test_a_path_that_skips_the_output_layers_hooks_is_refused(run_pretraining):
     flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-    with pytest.raises(AssertionError, match="does not go with --overlap-param-gather"):
-        run_pretraining(2, *SHORT, *flags, "--emo-loss-path", "recompute")
+    message = "--emo-loss-path recompute: does not go with --overlap-param-gather"
+    run_pretraining(2, *SHORT, *flags, "--emo-loss-path", "recompute", error=message)
+
+
+def test_a_bf16_table_trains_as_the_fp32_one_to_its_rounding(run_pretraining):
+    wide = run_pretraining(2, *SHORT, *TP2)
+    narrow = run_pretraining(2, *SHORT, *TP2, "--emo-cost-dtype", "bf16")
+    for iteration, value in wide["emo loss"].items():
+        assert narrow["emo loss"][iteration] == pytest.approx(value, rel=1e-3)
+    assert narrow["emo loss"] != wide["emo loss"]
+
+
+def test_a_table_too_coarse_in_fp8_is_refused_by_the_flag(run_pretraining):
+    # Ten columns leave too few products to average e4m3's rounding over.
+    message = "--emo-cost-dtype fp8: costs of this table"
+    run_pretraining(1, *SHORT, "--emo-cost-dtype", "fp8", error=message)

@@ -3,6 +3,8 @@ refused."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from pretraining import VOCAB_SIZE
@@ -55,13 +57,12 @@ def test_another_table_is_refused_by_both_names(
     run_pretraining, saved_at_5, tmp_path, cost_embedding
 ):
     other = other_table(tmp_path)
-    with pytest.raises(AssertionError) as error:
-        run_pretraining(2, *TP2, *RAMP, "--load", saved_at_5[0], cost=other)
-    text = str(error.value)
-    assert (
-        f"--emo-cost-embedding {other} has id {CostEmbeddingInfo.from_file(other).sha256}" in text
+    message = (
+        f"--emo-cost-embedding {re.escape(other)} has id "
+        f"{CostEmbeddingInfo.from_file(other).sha256}, the checkpoint .* was trained with "
+        f"{re.escape(str(cost_embedding))}, id "
     )
-    assert f"was trained with {cost_embedding}" in text
+    run_pretraining(2, *TP2, *RAMP, "--load", saved_at_5[0], cost=other, error=message)
     finetuned = run_pretraining(
         1,
         *RAMP,
@@ -78,5 +79,5 @@ def test_another_table_is_refused_by_both_names(
 def test_a_table_of_another_vocabulary_is_refused_before_the_model(run_pretraining, tmp_path):
     path = tmp_path / "wrong.safetensors"
     write_cost_embedding(path, torch.randn(7, 6), source="wrong", tokenizer_fingerprint="")
-    with pytest.raises(AssertionError, match="it has 7 rows, the model's vocabulary.*has 123"):
-        run_pretraining(1, cost=str(path))
+    message = "it has 7 rows, the model's vocabulary.*has 123"
+    run_pretraining(1, cost=str(path), error=message)
