@@ -48,8 +48,6 @@ class EmoConfig:
 def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add our flags to Megatron's parser; all defaults of None mean the objective's own value."""
     group = parser.add_argument_group("EMO loss")
-    number = {"type": float, "default": None}
-    switch = {"action": argparse.BooleanOptionalAction, "default": None}
     group.add_argument(
         "--objective",
         choices=list(OBJECTIVES),
@@ -99,6 +97,13 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=LossPathConfig.workspace_mb,
         help="MiB that logits or their chunks may take on a rank. Default: %(default)s.",
     )
+    _add_objective_settings(group)
+    return parser
+
+
+def _add_objective_settings(group: argparse._ArgumentGroup) -> None:
+    number = {"type": float, "default": None}
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
     group.add_argument(
         "--emo-weight-max",
         **number,
@@ -131,7 +136,6 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--emo-mixing-ratio", **number, help="tvd: share of MLE, 0 to 1. Default: 0.5."
     )
-    return parser
 
 
 def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:

@@ -114,6 +114,21 @@ def test_shapes_and_extremes(run_distributed, world_size, vocab, padded, scale, 
     )
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_float32_at_logits_of_1e4(run_distributed, world_size, name):
+    run_distributed(world_size)(
+        check_matches_reference,
+        name=name,
+        vocab=101,
+        padded=128,
+        dtype=torch.float32,
+        scale=1e4,
+        masked=0.3,
+        tolerance=2e-6,
+    )
+
+
 def check_ranks_agree_to_the_bit(dtype):
     rank, size = dist.get_rank(), dist.get_world_size()
     logits, target, embedding, mask, _ = build_case(101, 128, dtype, 3.0)
