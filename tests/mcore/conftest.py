@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,14 @@ from pretraining import DATA, MODEL, TRAINING, VOCAB_SIZE, pretrain, read_scalar
 
 from megatron_emo.cost_embedding import write_cost_embedding
 from megatron_emo.data.files import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _end_ranks_after_this_folder(_pools) -> Iterator[None]:
+    """gloo frees the threads of destroyed groups in part only: runs leave hundreds awake."""
+    yield
+    for pool in _pools.values():
+        pool.close()
 
 
 @pytest.fixture(scope="session")
