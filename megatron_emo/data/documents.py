@@ -153,6 +153,7 @@ def _numbered_lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, int, b
     """Yield (line from 1, byte offset, bytes); a byte order mark at the start is dropped."""
     line, offset = 0, 0
     try:
+        # The handler below needs the line that was read last.
         for line, data in enumerate(stream, start=1):  # noqa: B007
             start = len(_BYTE_ORDER_MARK) if line == 1 and data.startswith(_BYTE_ORDER_MARK) else 0
             yield line, offset + start, data[start:]
