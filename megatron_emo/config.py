@@ -60,6 +60,16 @@ class CostEmbeddingConfig:
     detached and normalised anew at every step."""
     dtype: str = "fp32"
     """What a rank holds its rows in: fp32, bf16 or fp8 (e4m3, refused where it costs over 1%)."""
+    dim: int | None = None
+    """Principal components of a file's rows to keep; None for all columns."""
+
+    def __post_init__(self) -> None:
+        _check_range("dim", self.dim, low=1)
+        if self.dim is not None and self.source == OUTPUT_LAYER:
+            raise ValueError(
+                f"dim: expected a file as source (tools/prepare_cost_embedding.py makes one), got "
+                f"{OUTPUT_LAYER}, whose components change at every step"
+            )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
         "tokenizer in the folder of --from-hf, if it has one",
     )
     parser.add_argument("--vocab-size", type=int, help="rows to keep, without vocabulary padding")
+    parser.add_argument(
+        "--cost-dim", metavar="K", type=int, help="keep K principal components of the unit rows"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     return parser
 
@@ -72,6 +75,7 @@ def make(args: argparse.Namespace) -> None:
         tokenizer_type=args.tokenizer_type,
         tokenizer_model=args.tokenizer_model,
         vocab_size=args.vocab_size,
+        cost_dim=args.cost_dim,
         overwrite=args.overwrite,
     )
     print_info(args.output, info)
@@ -83,7 +87,8 @@ def make(args: argparse.Namespace) -> None:
 def print_info(path: str, info: CostEmbeddingInfo) -> None:
     print(f"{path}: {Path(path).stat().st_size:,} bytes")
     for name, value in asdict(info).items():
-        shown = "unknown" if value == "" else value
+        shown = f"{value:.3g}" if isinstance(value, float) else value
+        shown = "unknown" if value == "" else shown
         print(f"{name.replace('_', ' '):>22}  {shown}")
 
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ class CostEmbeddingInfo:
     """Rows without a direction; they cost 1 against every other token."""
     sha256: str
     """Of the tensor's bytes, row after row."""
+    source_dim: int = 0
+    """Columns before a reduction to principal components; `dim` (0 stands for it) without one."""
+    cosine_error_rms: float = 0.0
+    """What the reduction did to the cosines of sampled pairs of rows, before rounding to `dtype`;
+    root mean square."""
+    cosine_error_max: float = 0.0
+    """The same, largest."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source_dim", self.source_dim or self.dim)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> CostEmbeddingInfo:
@@ -80,10 +90,14 @@ def write_cost_embedding(
     tokenizer_fingerprint: str,
     normalize: bool = True,
     dtype: torch.dtype = torch.float32,
+    source_dim: int = 0,
+    cosine_error_rms: float = 0.0,
+    cosine_error_max: float = 0.0,
 ) -> CostEmbeddingInfo:
     """Write `table` [vocab_size, dim] as a cost embedding file and return its description.
 
     The file appears whole or not at all: it is written beside `path`, synced, then renamed over it.
+    The last three arguments describe a table that was reduced: see `CostEmbeddingInfo`.
 
     Raises:
         ValueError: an empty or non-finite table, or values that `dtype` cannot hold.
@@ -103,6 +117,9 @@ def write_cost_embedding(
         tokenizer_fingerprint=tokenizer_fingerprint,
         num_zero_rows=count_zero_rows(rows),
         sha256=_sha256(rows[start:stop] for start, stop in row_blocks(*rows.shape)),
+        source_dim=source_dim,
+        cosine_error_rms=cosine_error_rms,
+        cosine_error_max=cosine_error_max,
     )
     metadata = {name: str(value) for name, value in asdict(info).items()}
     metadata |= {"format": FILE_FORMAT, "format_version": FORMAT_VERSION}
@@ -138,13 +155,18 @@ def _info_from_metadata(
 ) -> CostEmbeddingInfo:
     values: dict[str, Any] = {}
     for field in fields(CostEmbeddingInfo):
-        text = metadata.get(field.name)
+        text = metadata.get(field.name, None if field.default is MISSING else str(field.default))
         _expect(path, field.name, "missing" if text is None else "present", "present")
         values[field.name] = text
-    for name in ("vocab_size", "dim", "num_zero_rows"):
+    for name in ("vocab_size", "dim", "num_zero_rows", "source_dim"):
         if not values[name].isdecimal():
             _expect(path, name, values[name], "a whole number")
         values[name] = int(values[name])
+    for name in ("cosine_error_rms", "cosine_error_max"):
+        try:
+            values[name] = float(values[name])
+        except ValueError:
+            _expect(path, name, values[name], "a number")
     if values["normalized"] not in ("True", "False"):
         _expect(path, "normalized", values["normalized"], "True or False")
     values["normalized"] = values["normalized"] == "True"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_emo.cost_embedding import CostEmbeddingInfo, unit_rows, write_cost_embedding
+from megatron_emo.cost_embedding.reduce import reduce_rows
 from megatron_emo.torch_dist import (
     read_arguments,
     read_tensor,
@@ -176,17 +177,24 @@ def prepare_cost_embedding(
     tokenizer_type: str | None = None,
     tokenizer_model: str | None = None,
     vocab_size: int | None = None,
+    cost_dim: int | None = None,
     overwrite: bool = False,
 ) -> tuple[CostEmbeddingInfo, TableSummary]:
     """Write a cost embedding file from exactly one source and return what is in it.
 
     The vocabulary is `vocab_size` rows; without it as many as the tokenizer has tokens, and without
     a tokenizer what the source says. Of a Hugging Face folder the tokenizer is used, if it has one.
+    With `cost_dim` the rows are reduced to that many principal components (see `reduce`); a table
+    that has as many columns already is left as it is.
 
     Raises:
         FileExistsError: `output` is there and may not be overwritten; said before anything is read.
-        FileNotFoundError, ValueError: as the readers and `write_cost_embedding`.
+        FileNotFoundError, ValueError: as the readers, `reduce_rows` and `write_cost_embedding`.
     """
+    if cost_dim is not None and not normalize:
+        raise ValueError(
+            f"--cost-dim {cost_dim}: does not go with --no-normalize; reduced rows have unit length"
+        )
     if Path(output).exists() and not overwrite:
         raise FileExistsError(f"--output {output}: it exists; give --overwrite to replace it")
     if tokenizer_model is None and from_hf is not None and _has_tokenizer(Path(from_hf)):
@@ -208,6 +216,11 @@ def prepare_cost_embedding(
     else:
         raise ValueError("expected one of from_hf, from_checkpoint and from_safetensors")
     table = cut_vocabulary(table, found if wanted is None else wanted)
+    reduction = {}
+    if cost_dim is not None and cost_dim != table.shape[1]:
+        reduction["source_dim"] = table.shape[1]
+        table, error = reduce_rows(unit_rows(table), cost_dim, flag="--cost-dim")
+        reduction |= {"cosine_error_rms": error.rms, "cosine_error_max": error.max}
     info = write_cost_embedding(
         output,
         table,
@@ -215,6 +228,7 @@ def prepare_cost_embedding(
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         normalize=normalize,
         dtype=dtype,
+        **reduction,
     )
     return info, summarize_table(table, tokens)
 

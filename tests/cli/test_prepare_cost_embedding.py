@@ -52,6 +52,51 @@ def test_options_reach_the_file(tmp_path, head, main):
     assert torch.equal(shard, torch.cat([expected, torch.zeros(4, 6)]))
 
 
+def test_a_reduced_table_says_what_it_was_and_what_that_cost(tmp_path, head, main, capsys):
+    output = str(tmp_path / "table.safetensors")
+    source = ["--from-safetensors", f"{tmp_path}/head:lm_head.weight", "--output", output]
+    main([*source, "--cost-dim", "3"])
+    info = CostEmbeddingInfo.from_file(output)
+    assert (info.dim, info.source_dim, info.vocab_size, info.num_zero_rows) == (3, 6, 20, 1)
+    unit, rows = unit_rows(head), load_file(output)["cost_embedding"]
+    difference = rows @ rows.T - unit @ unit.T
+    difference = difference[unit.any(dim=1)][:, unit.any(dim=1)]
+    assert info.cosine_error_rms == pytest.approx(difference.square().mean().sqrt().item(), 1e-5)
+    assert info.cosine_error_max == pytest.approx(difference.abs().max().item(), 1e-5)
+    assert 0.01 < info.cosine_error_rms < info.cosine_error_max
+    capsys.readouterr()
+    main(["--info", output])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["source", "dim", "6"] in lines
+    assert ["cosine", "error", "rms", f"{info.cosine_error_rms:.3g}"] in lines
+    assert ["cosine", "error", "max", f"{info.cosine_error_max:.3g}"] in lines
+
+
+def test_as_many_columns_as_there_are_leave_the_table_as_it_is(tmp_path, head, main):
+    output = str(tmp_path / "table.safetensors")
+    source = ["--from-safetensors", f"{tmp_path}/head:lm_head.weight", "--output", output]
+    main(source)
+    whole = CostEmbeddingInfo.from_file(output)
+    main([*source, "--cost-dim", "6", "--overwrite"])
+    assert CostEmbeddingInfo.from_file(output) == whole
+    assert (whole.source_dim, whole.cosine_error_rms, whole.cosine_error_max) == (6, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cost-dim", "7"], "--cost-dim 7: expected 1 to 6, the columns of the table"),
+        (["--cost-dim", "0"], "--cost-dim 0: expected 1 to 6, the columns of the table"),
+        (["--cost-dim", "3", "--no-normalize"], "--cost-dim 3: does not go with --no-normalize"),
+    ],
+)
+def test_reductions_that_cannot_be_end_in_one_line(tmp_path, head, main, options, message):
+    argv = ["--from-safetensors", f"{tmp_path}/head:lm_head.weight", "--output", f"{tmp_path}/o"]
+    with pytest.raises(SystemExit, match=f"^prepare_cost_embedding: {message}"):
+        main([*argv, *options])
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_model_folder_with_its_tokenizer_gives_fingerprint_rows_and_neighbours(
     tmp_path, main, capsys
 ):
