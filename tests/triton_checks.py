@@ -36,9 +36,9 @@ def compare(name: str, dtype: torch.dtype, scale: float, tolerance: float) -> No
     logits.requires_grad_()
     mask = torch.ones_like(upstream)
     mask[3] = 0
-    out = vocab_parallel_loss(
-        logits, target, build_objective(name), embedding, mask, return_entropy=True
-    )
+    extras = {"return_entropy": True, "return_argmax": True}
+    out = vocab_parallel_loss(logits, target, build_objective(name), embedding, mask, **extras)
+    assert torch.equal(out.argmax, logits.argmax(dim=1) * (mask != 0))
     (grad,) = torch.autograd.grad((out.loss * upstream).sum(), logits)
     exact = logits.detach().double().cpu().requires_grad_()
     expected = reference_loss(

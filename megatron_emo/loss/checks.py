@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_emo.loss.statistics import Shard
@@ -15,17 +16,22 @@ def check_inputs(
     cost_embedding: Tensor | None,
     loss_mask: Tensor | None,
     shard: Shard,
+    sequence_ranks: int = 1,
 ) -> None:
     """Raise ValueError where shapes or dtypes do not fit.
 
     Args:
         scores: logits [..., V/tp] or hidden states [..., h].
+        sequence_ranks: how many ranks hold a part each of scores' first dimension.
     """
     if not scores.is_floating_point():
         raise ValueError(f"logits or hidden states: expected a float dtype, got {scores.dtype}")
-    if target.shape != scores.shape[:-1] or target.is_floating_point():
+    expected = scores.shape[:-1]
+    if sequence_ranks > 1:
+        expected = torch.Size((expected[0] * sequence_ranks, *expected[1:]))
+    if target.shape != expected or target.is_floating_point():
         raise ValueError(
-            f"target: expected integers of shape {tuple(scores.shape[:-1])}, "
+            f"target: expected integers of shape {tuple(expected)}, "
             f"got {target.dtype} {tuple(target.shape)}"
         )
     if loss_mask is not None and loss_mask.shape != target.shape:

@@ -9,7 +9,8 @@ the forward is a choice, the path:
                 one scalar; looks at the real one and falls back to recompute where it is not
 
 Tokens are worked off in the order of their targets, so that each cost row is formed once for all
-tokens that share it, and masked tokens are left out before the first product.
+tokens that share it, and masked tokens are left out before the first product. What depends on
+labels alone, that order and the targets' unit rows, may be prepared before (`target_plan`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from megatron_emo.config import LossPathConfig
 from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.loss.checks import check_inputs, check_targets
 from megatron_emo.loss.kernels import row_gradient, row_statistics
+from megatron_emo.loss.linear_gradients import LinearGradients, SequenceTokens, Spread
 from megatron_emo.loss.statistics import (
+    Layout,
     LossOutput,
     Shard,
     TokenGradient,
@@ -35,39 +38,39 @@ from megatron_emo.loss.statistics import (
     locate,
     make_shard,
     merge_statistics,
-    num_statistics,
     token_gradient,
 )
-from megatron_emo.loss.target_cost import cost_of_targets, gather_target_rows
+from megatron_emo.loss.target_cost import cost_of_targets
+from megatron_emo.loss.target_plan import PlannedTargets, TargetPlan, plan_targets
 from megatron_emo.objectives import Objective
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Most that one chunk of logits takes: products gain nothing from larger ones."""
 
 
-class _Plan(NamedTuple):
-    """What is to be computed, without the tensors that carry gradient; tokens in target order."""
+class _Call(NamedTuple):
+    """What is to be computed, without the tensors that carry gradient."""
 
-    target: Tensor
-    """[N] counted tokens, ascending."""
+    spread: Spread
     mask: Tensor
-    """[N] their loss_mask."""
-    cost_row: Tensor
-    """[N] which distinct target each has, ascending."""
+    """[n] loss_mask of the plan's tokens; 0 where padded."""
     target_rows: Tensor | None
-    """[U, D] unit rows of the distinct targets."""
+    """[U, D] unit rows of the plan's distinct targets."""
     unit_embedding: Tensor | None
     """[V/tp, D]."""
     objective: Objective
-    shard: Shard
     chunks: list[slice]
     compute_dtype: torch.dtype
-    with_entropy: bool
-    reduce_hidden_grad: bool
+    layout: Layout
+    into_main_grad: bool
 
     @property
-    def has_cost(self) -> bool:
-        return self.unit_embedding is not None
+    def plan(self) -> TargetPlan:
+        return self.spread.plan
+
+    @property
+    def shard(self) -> Shard:
+        return self.spread.shard
 
 
 def fused_linear_loss(
@@ -85,16 +88,21 @@ def fused_linear_loss(
     cost_embedding_is_normalized: bool = False,
     check_target: bool = True,
     return_entropy: bool = False,
-    reduce_hidden_grad: bool = True,
+    return_argmax: bool = False,
+    sequence_parallel: bool = False,
+    into_main_grad: bool = False,
+    planned: PlannedTargets | None = None,
 ) -> LossOutput:
     """Return what `vocab_parallel_loss` returns for the logits hidden @ weight.T, without keeping
     them.
 
     Statistics are fp32 (fp64 for fp64), gradients are accumulated over chunks in fp32 and rounded
     once, inputs are not written to. Collectives over tp_group: in the forward one all-reduce of the
-    cost rows [U, D] and one all-gather of 3 to 5 numbers per token (on the path `forward` one
+    cost rows [U, D] and one all-gather of 3 to 6 numbers per token (on the path `forward` one
     all-gather per chunk); in the backward one all-reduce of the hidden states' gradient [N, h],
-    on the path `forward` in the forward.
+    which the last weight product hides. Under sequence parallelism hidden is gathered in the
+    forward and, since only the shard is kept, again in the backward, and its gradient is
+    reduce-scattered.
 
     Args:
         hidden: [..., h], the same on all ranks of tp_group.
@@ -103,262 +111,240 @@ def fused_linear_loss(
         path: logits, recompute, forward; auto takes logits where logits and cost rows fit
             workspace_mb, else recompute.
         workspace_mb: bound on what a chunk takes, in MiB.
-        reduce_hidden_grad: sum hidden's gradient over tp_group; off where the caller
-            reduce-scatters it, as under sequence parallelism.
+        sequence_parallel: hidden is this rank's part [s/tp, ..., h] of the first dimension; target
+            and loss_mask are whole.
+        into_main_grad: add weight's gradient to weight.main_grad, as Megatron's gradient
+            accumulation fusion does, and set weight.grad_added_to_main_grad; weight.grad then holds
+            nothing of use, or zeros where weight.zero_out_wgrad asks for them.
+        planned: from `PlannedTargets`, made of the same target, loss_mask and table; else made
+            here, which on a GPU waits for the device.
 
     Raises:
         ValueError: as `vocab_parallel_loss`, an unknown path, or a workspace below one row.
         RuntimeError: a second backward on the path logits, whose logits are gone.
     """
     LossPathConfig(path, workspace_mb)  # checks both
+    hidden = _as_tensor(hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.dtype != hidden.dtype:
         raise ValueError(
             f"weight: expected [V/tp, {hidden.shape[-1]}] in {hidden.dtype}, "
             f"got {list(weight.shape)} in {weight.dtype}"
         )
     shard = make_shard(weight.shape[0], tp_group)
-    check_inputs(hidden, target, objective, cost_embedding, loss_mask, shard)
-    flat_target = target.reshape(-1)
-    mask = torch.ones_like(flat_target) if loss_mask is None else loss_mask.reshape(-1)
+    sequence_parallel = sequence_parallel and shard.tp_group is not None
+    ranks = shard.tp_group.size() if sequence_parallel else 1
+    check_inputs(hidden, target, objective, cost_embedding, loss_mask, shard, ranks)
     if check_target:
-        check_targets(flat_target, mask != 0, vocab_size or full_vocab_size(shard))
-    # Ids that count, in the order of their targets.
-    order = torch.argsort(flat_target, stable=True)
-    order = order[mask[order] != 0]
-
+        kept = None if loss_mask is None else loss_mask.reshape(-1) != 0
+        check_targets(target.reshape(-1), kept, vocab_size or full_vocab_size(shard))
     if cost_embedding is not None:
         cost_embedding = cost_embedding.detach()
         if not cost_embedding_is_normalized:
             cost_embedding = unit_rows(cost_embedding)
-    plan = _make_plan(
-        hidden, flat_target[order], mask[order], objective, cost_embedding, shard, workspace_mb
+    if planned is None:
+        planned = PlannedTargets(plan_targets(target, loss_mask), cost_embedding, shard)
+    plan, compute_dtype = planned.plan, torch.promote_types(hidden.dtype, torch.float32)
+    call = _Call(
+        Spread(plan, shard, sequence_parallel),
+        _mask_of(plan, target, loss_mask, compute_dtype),
+        planned.rows(),
+        cost_embedding,
+        objective,
+        _chunks(plan, hidden, weight, cost_embedding is not None, workspace_mb),
+        compute_dtype,
+        Layout(cost_embedding is not None, return_entropy, return_argmax),
+        into_main_grad,
     )
-    plan = plan._replace(with_entropy=return_entropy, reduce_hidden_grad=reduce_hidden_grad)
-    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if path == "auto":
-        path = _choose_path(plan, hidden, workspace_mb)
-    if not needs_grad:
+        num_distinct = len(plan.distinct) if cost_embedding is not None else 0
+        sizes = (len(plan.order), num_distinct, len(weight), hidden.element_size())
+        path, _ = auto_path(*sizes, workspace_mb)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         path = "recompute"  # nothing is kept, and no backward will ask for it
-    results = _FusedLinearLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]).index_select(0, order), weight, plan, path
-    )
-
-    def restore(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        return values.new_zeros(len(flat_target)).index_copy(0, order, values).view(target.shape)
-
-    return LossOutput(*(restore(values) for values in results))
+    results = _FusedLinearLoss.apply(hidden, weight, call, path)
+    return LossOutput(*(x if x is None else plan.restore(x).view(target.shape) for x in results))
 
 
-def _make_plan(
-    hidden: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    objective: Objective,
-    unit_embedding: Tensor | None,
-    shard: Shard,
-    workspace_mb: int,
-) -> _Plan:
-    compute_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    distinct, cost_row = torch.unique_consecutive(target, return_inverse=True)
-    target_rows = None
+def _as_tensor(hidden: Tensor) -> Tensor:
+    """Return a plain tensor for Transformer Engine's quantized ones."""
+    is_plain = type(hidden) in (Tensor, torch.nn.Parameter)
+    return hidden.dequantize() if not is_plain and hasattr(hidden, "_quantizer") else hidden
+
+
+def _mask_of(plan: TargetPlan, target: Tensor, loss_mask: Tensor | None, dtype) -> Tensor:
+    mask = torch.ones_like(target) if loss_mask is None else loss_mask
+    mask = plan.select(mask.reshape(-1)).to(dtype)
+    return torch.where(plan.keep(), mask, 0) if plan.is_padded else mask
+
+
+def _chunks(
+    plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
+) -> list[slice]:
     # A row takes its logits, at worst a cost row of its own, and narrow logits a wide copy.
-    row_bytes = shard.partition_vocab_size * compute_dtype.itemsize
-    if unit_embedding is not None:
-        target_rows = gather_target_rows(distinct, unit_embedding, shard)
-        row_bytes *= 2
-    budget = min(workspace_mb << 20, _CHUNK_BYTES.get(hidden.device.type, 512 << 20))
-    rows = max(1, budget // row_bytes)
+    itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    row_bytes = len(weight) * itemsize * (2 if has_cost else 1)
     if row_bytes > workspace_mb << 20:
         raise ValueError(
             f"workspace_mb: expected at least {-(-row_bytes // (1 << 20))} MiB, the size of one "
             f"token's row, got {workspace_mb}"
         )
-    chunks = [slice(i, min(i + rows, len(target))) for i in range(0, len(target), rows)]
-    return _Plan(
-        target,
-        mask.to(compute_dtype),
-        cost_row,
-        target_rows,
-        unit_embedding,
-        objective,
-        shard,
-        chunks,
-        compute_dtype,
-        with_entropy=False,
-        reduce_hidden_grad=True,
-    )
+    budget = min(workspace_mb << 20, _CHUNK_BYTES.get(hidden.device.type, 512 << 20))
+    rows, count = max(1, budget // row_bytes), len(plan.order)
+    return [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
 
 
-def bytes_kept_with_logits(
-    num_tokens: int, num_distinct: int, partition_vocab_size: int, logits_itemsize: int
-) -> int:
-    """Return what the path logits keeps for the backward: logits, and cost rows in fp32."""
-    return partition_vocab_size * (num_tokens * logits_itemsize + num_distinct * 4)
+def auto_path(
+    num_tokens: int,
+    num_distinct: int,
+    partition_vocab_size: int,
+    itemsize: int,
+    workspace_mb: int,
+) -> tuple[str, int]:
+    """Return (the path auto takes, the bytes the path logits would keep): logits where logits of
+    `itemsize` bytes and fp32 cost rows of the distinct targets fit, else recompute."""
+    kept = partition_vocab_size * (num_tokens * itemsize + num_distinct * 4)
+    return "logits" if kept <= workspace_mb << 20 else "recompute", kept
 
 
-def _choose_path(plan: _Plan, hidden: Tensor, workspace_mb: int) -> str:
-    num_distinct = len(plan.target_rows) if plan.has_cost else 0
-    kept = bytes_kept_with_logits(
-        len(plan.target), num_distinct, plan.shard.partition_vocab_size, hidden.element_size()
-    )
-    return "logits" if kept <= workspace_mb << 20 else "recompute"
-
-
-def _chunk_cost(plan: _Plan, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+def _chunk_cost(call: _Call, rows: slice) -> tuple[Tensor | None, Tensor | None]:
     """Return (costs of the chunk's distinct targets [u, V/tp], which of them each token has)."""
-    if not plan.has_cost:
+    if not call.layout.cost:
         return None, None
-    cost_row = plan.cost_row[rows]
-    first, last = int(cost_row[0]), int(cost_row[-1])
-    targets = plan.target_rows[first : last + 1]
-    return cost_of_targets(targets, plan.unit_embedding, plan.compute_dtype), cost_row - first
+    distinct = call.plan.distinct_of(rows)
+    cost = cost_of_targets(call.target_rows[distinct], call.unit_embedding, call.compute_dtype)
+    return cost, call.plan.cost_row[rows] - distinct.start
 
 
 class _Kept(NamedTuple):
     """What the path logits keeps for the backward."""
 
     logits: Tensor
-    """[N, V/tp] in hidden's dtype."""
+    """[n, V/tp] in hidden's dtype."""
     costs: list[tuple[Tensor | None, Tensor | None]]
     """Those of each chunk."""
 
 
-class _Gradients:
-    """Gradients of hidden states and weight, gathered over chunks in fp32."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, plan: _Plan, needs: tuple[bool, bool]):
-        self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=plan.compute_dtype) if needs[1] else None
-        self.plan = plan
-
-    def add(self, grad_z: Tensor, hidden: Tensor, weight: Tensor, rows: slice) -> None:
-        """Add a chunk's share; grad_z [n, V/tp] in the inputs' dtype."""
-        if self.hidden is not None:
-            torch.mm(grad_z, weight, out=self.hidden[rows])
-        if self.weight is not None:
-            wide = self.plan.compute_dtype
-            self.weight.addmm_(grad_z.T.to(wide), hidden[rows].to(wide))
-
-    def reduce(self) -> None:
-        """Sum hidden's gradient over the vocabulary's shards; one all-reduce."""
-        group = self.plan.shard.tp_group
-        if self.hidden is not None and group is not None and self.plan.reduce_hidden_grad:
-            dist.all_reduce(self.hidden, group=group)
-
-
 def _statistics_of_all(
-    hidden: Tensor, weight: Tensor, plan: _Plan, kept: _Kept | None
+    tokens: Tensor, weight: Tensor, call: _Call, kept: _Kept | None
 ) -> TokenStatistics:
     """Return every token's statistics; one all-gather. Fills `kept` where there is one."""
-    count = num_statistics(plan.has_cost, plan.with_entropy)
-    local = torch.empty(count, len(hidden), dtype=plan.compute_dtype, device=hidden.device)
-    for rows in plan.chunks:
+    local = tokens.new_empty(call.layout.count, len(tokens), dtype=call.compute_dtype)
+    for rows in call.chunks:
         out = None if kept is None else kept.logits[rows]
-        z = torch.mm(hidden[rows], weight.T, out=out)
-        cost = _chunk_cost(plan, rows)
-        columns = locate(plan.target[rows], plan.shard)
-        local[:, rows] = row_statistics(
-            z, columns, *cost, plan.with_entropy, overwrite=kept is None
-        )
+        z = torch.mm(tokens[rows], weight.T, out=out)
+        cost = _chunk_cost(call, rows)
+        columns = locate(call.plan.target[rows], call.shard)
+        local[:, rows] = row_statistics(z, columns, *cost, call.layout, overwrite=kept is None)
         if kept is not None:
             kept.costs.append(cost)
-    gathered = gather_statistics(local, plan.shard)
-    return merge_statistics(gathered, plan.has_cost, plan.with_entropy)
+    return merge_statistics(gather_statistics(local, call.layout, call.shard), call.layout)
 
 
-def _backward_of_all(
-    hidden: Tensor,
+def _gradients_of_all(
+    tokens: SequenceTokens,
     weight: Tensor,
-    plan: _Plan,
+    call: _Call,
     token: TokenGradient,
     kept: _Kept | None,
-    needs: tuple[bool, bool],
-) -> _Gradients:
-    gradients = _Gradients(hidden, weight, plan, needs)
-    for index, rows in enumerate(plan.chunks):
-        z = torch.mm(hidden[rows], weight.T) if kept is None else kept.logits[rows]
-        cost = _chunk_cost(plan, rows) if kept is None else kept.costs[index]
-        columns = locate(plan.target[rows], plan.shard)
-        grad_z = row_gradient(z, z, columns, token.rows(rows), *cost)
-        gradients.add(grad_z, hidden, weight, rows)
-    gradients.reduce()
-    return gradients
+    gradients: LinearGradients,
+) -> None:
+    keep = call.plan.keep()
+    for index, rows in enumerate(call.chunks):
+        z = torch.mm(tokens.get()[rows], weight.T) if kept is None else kept.logits[rows]
+        cost = _chunk_cost(call, rows) if kept is None else kept.costs[index]
+        columns = locate(call.plan.target[rows], call.shard)
+        kept_rows = None if keep is None else keep[rows]
+        grad_z = row_gradient(z, z, columns, token.rows(rows), *cost, kept_rows)
+        gradients.add(grad_z, tokens, weight, rows, is_last=index == len(call.chunks) - 1)
 
 
 def _forward_with_gradients(
-    hidden: Tensor, weight: Tensor, plan: _Plan, needs: tuple[bool, bool]
-) -> tuple[TokenStatistics, _Gradients]:
-    """Return statistics, and gradients for an upstream gradient equal to the mask."""
-    gradients = _Gradients(hidden, weight, plan, needs)
-    parts = []
-    for rows in plan.chunks:
-        z = torch.mm(hidden[rows], weight.T)
-        cost = _chunk_cost(plan, rows)
-        columns = locate(plan.target[rows], plan.shard)
-        local = row_statistics(z, columns, *cost, plan.with_entropy)
-        gathered = gather_statistics(local, plan.shard)
-        stats = merge_statistics(gathered, plan.has_cost, plan.with_entropy)
-        _, mle_weight, emo_weight = apply_objective(stats, plan.objective)
-        token = token_gradient(stats, mle_weight, emo_weight, plan.mask[rows])
-        grad_z = row_gradient(z, z, columns, token, *cost)
-        gradients.add(grad_z, hidden, weight, rows)
+    tokens: SequenceTokens, weight: Tensor, call: _Call, gradients: LinearGradients
+) -> TokenStatistics:
+    """Return statistics, and gather gradients for an upstream gradient equal to the mask."""
+    parts, keep = [], call.plan.keep()
+    for rows in call.chunks:
+        z = torch.mm(tokens.get()[rows], weight.T)
+        cost = _chunk_cost(call, rows)
+        columns = locate(call.plan.target[rows], call.shard)
+        local = row_statistics(z, columns, *cost, call.layout)
+        stats = merge_statistics(gather_statistics(local, call.layout, call.shard), call.layout)
+        _, mle_weight, emo_weight = apply_objective(stats, call.objective)
+        token = token_gradient(stats, mle_weight, emo_weight, call.mask[rows])
+        kept_rows = None if keep is None else keep[rows]
+        grad_z = row_gradient(z, z, columns, token, *cost, kept_rows)
+        gradients.add(grad_z, tokens, weight, rows)
         parts.append(stats)
-    gradients.reduce()
-    merged = [None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True)]
-    return TokenStatistics(*merged), gradients
+    return TokenStatistics(*map(_concatenate, zip(*parts, strict=True)))
+
+
+def _concatenate(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
+
+
+def _no_statistics(weight: Tensor, call: _Call) -> TokenStatistics:
+    empty = weight.new_empty(0, dtype=call.compute_dtype)
+    return TokenStatistics(
+        *[empty] * 4,
+        entropy=empty if call.layout.entropy else None,
+        argmax=empty.long() if call.layout.argmax else None,
+    )
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """hidden [N, h] in target order, counted tokens only; weight [V/tp, h]."""
+    """hidden [..., h] as given, weight [V/tp, h]; results [n] in the plan's order."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, plan, path):
-        kept = _Kept(hidden.new_empty(len(hidden), len(weight)), []) if path == "logits" else None
-        gradients = None
-        needs = ctx.needs_input_grad[:2]
-        if not plan.chunks:
-            empty = hidden.new_zeros(0, dtype=plan.compute_dtype)
-            stats = TokenStatistics(*[empty] * 4, empty if plan.with_entropy else None)
+    def forward(ctx, hidden, weight, call, path):
+        tokens = SequenceTokens(hidden, call.spread)
+        kept, gradients = None, None
+        if not call.chunks:
+            stats = _no_statistics(weight, call)
         elif path == "forward":
-            stats, gradients = _forward_with_gradients(hidden, weight, plan, needs)
+            gradients = _gradients_for(ctx, hidden, weight, call, is_final=False)
+            stats = _forward_with_gradients(tokens, weight, call, gradients)
         else:
-            stats = _statistics_of_all(hidden, weight, plan, kept)
-        outputs, mle_weight, emo_weight = apply_objective(stats, plan.objective)
+            if path == "logits":
+                kept = _Kept(hidden.new_empty(len(call.plan.order), len(weight)), [])
+            stats = _statistics_of_all(tokens.get(), weight, call, kept)
+        outputs, mle_weight, emo_weight = apply_objective(stats, call.objective)
         ctx.save_for_backward(hidden, weight, *stats[:4], mle_weight, emo_weight)
-        ctx.plan, ctx.path, ctx.kept, ctx.gradients = plan, path, kept, gradients
+        ctx.call, ctx.path, ctx.kept, ctx.gradients = call, path, kept, gradients
         ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
         hidden, weight, *stats, mle_weight, emo_weight = ctx.saved_tensors
-        plan, gradients = ctx.plan, ctx.gradients
-        scale = _uniform_scale(grad_loss, plan.mask) if gradients is not None else None
-        if scale is None:
-            if ctx.path == "logits":
-                if ctx.kept is None:
-                    raise RuntimeError(
-                        "fused_linear_loss: a second backward on the path logits, whose logits the "
-                        "first one overwrote; use path='recompute'"
-                    )
-            stats = TokenStatistics(*stats, entropy=None)
-            token = token_gradient(stats, mle_weight, emo_weight, grad_loss)
-            gradients = _backward_of_all(
-                hidden, weight, plan, token, ctx.kept, ctx.needs_input_grad[:2]
+        call, gradients = ctx.call, ctx.gradients
+        scale = None if gradients is None else _uniform_scale(grad_loss, call.mask)
+        if scale is not None:
+            return (*gradients.scaled(scale, hidden, weight), None, None)
+        if ctx.path == "logits" and ctx.kept is None and call.chunks:
+            raise RuntimeError(
+                "fused_linear_loss: a second backward on the path logits, whose logits the "
+                "first one overwrote; use path='recompute'"
             )
-            ctx.kept, scale = None, 1.0
-        results = [
-            None if x is None else (x * scale).to(like.dtype)
-            for x, like in ((gradients.hidden, hidden), (gradients.weight, weight))
-        ]
-        return (*results, None, None)
+        stats = TokenStatistics(*stats, entropy=None, argmax=None)
+        token = token_gradient(stats, mle_weight, emo_weight, grad_loss)
+        gradients = _gradients_for(ctx, hidden, weight, call, is_final=True)
+        # Kept logits need tokens for dW alone.
+        needs_tokens = ctx.kept is None or ctx.needs_input_grad[1]
+        tokens = SequenceTokens(hidden, call.spread) if needs_tokens else None
+        _gradients_of_all(tokens, weight, call, token, ctx.kept, gradients)
+        ctx.kept = None
+        return (*gradients.results(hidden, weight), None, None)
+
+
+def _gradients_for(
+    ctx, hidden: Tensor, weight: Tensor, call: _Call, *, is_final: bool
+) -> LinearGradients:
+    needs = ctx.needs_input_grad[:2]
+    main_grad = weight.main_grad if call.into_main_grad and needs[1] else None
+    return LinearGradients(hidden, weight, call.spread, needs, main_grad, is_final=is_final)
 
 
 def _uniform_scale(grad_loss: Tensor, mask: Tensor) -> Tensor | None:
     """Return s where grad_loss is s * mask exactly, else None; one device synchronisation."""
-    if len(mask) == 0:
-        return None
     scale = grad_loss[0] / mask[0]
     return scale if torch.equal(scale * mask, grad_loss) else None

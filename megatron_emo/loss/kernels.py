@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_emo.loss.statistics import (
     EXP_UNDERFLOW,
     Columns,
+    Layout,
     TokenGradient,
-    num_statistics,
 )
 
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
@@ -28,12 +28,12 @@ def row_statistics(
     target: Columns,
     cost: Tensor | None,
     cost_row: Tensor | None,
-    with_entropy: bool,
+    layout: Layout,
     *,
     overwrite: bool = False,
 ) -> Tensor:
-    """Return [S, n]: max, target logit, then sums over j != t about this shard's max: e^z, and as
-    asked e^z c and e^z z.
+    """Return [layout.count, n]: max, target logit, then sums over j != t about this shard's max:
+    e^z, and as asked e^z c and e^z z; then, as asked, the column of the max.
 
     The target stays out of the sums so that m keeps its relative accuracy as q_t tends to 1.
 
@@ -46,7 +46,7 @@ def row_statistics(
     if _runs_triton(z):
         from megatron_emo.loss import triton_kernels
 
-        return triton_kernels.row_statistics(z, target, cost, cost_row, with_entropy)
+        return triton_kernels.row_statistics(z, target, cost, cost_row, layout)
     dtype = torch.promote_types(z.dtype, torch.float32)
     parts = [
         _block_statistics_(
@@ -54,12 +54,12 @@ def row_statistics(
             target.rows(rows),
             cost,
             None if cost is None else cost_row[rows],
-            with_entropy,
+            layout,
         )
         for rows in _row_blocks(z, dtype)
     ]
     if not parts:
-        return z.new_empty(num_statistics(cost is not None, with_entropy), 0, dtype=dtype)
+        return z.new_empty(layout.count, 0, dtype=dtype)
     return torch.cat(parts, dim=1)
 
 
@@ -120,14 +120,17 @@ def _row_blocks(z: Tensor, dtype: torch.dtype) -> list[slice]:
 
 
 def _block_statistics_(
-    z: Tensor, target: Columns, cost: Tensor | None, cost_row: Tensor | None, with_entropy: bool
+    z: Tensor, target: Columns, cost: Tensor | None, cost_row: Tensor | None, layout: Layout
 ) -> Tensor:
     """The torch twin on one block; overwrites z."""
-    z_max = z.amax(dim=1, keepdim=True)
+    if layout.argmax:
+        z_max, first = z.max(dim=1, keepdim=True)
+    else:
+        z_max = z.amax(dim=1, keepdim=True)
     z_target = torch.where(target.owned, z.gather(1, target.column), -torch.inf)
     # A shard of -inf logits has no finite maximum to shift by; its sums are 0 with any shift.
     z.sub_(torch.where(z_max == -torch.inf, 0.0, z_max))
-    finite_z = z.clamp(min=EXP_UNDERFLOW) if with_entropy else None
+    finite_z = z.clamp(min=EXP_UNDERFLOW) if layout.entropy else None
     exp_z = z.exp_()
     at_target = exp_z.gather(1, target.column).masked_fill_(target.owned, 0)
     exp_z.scatter_(1, target.column, at_target)
@@ -136,6 +139,8 @@ def _block_statistics_(
         parts.append(cost[cost_row].mul_(exp_z).sum(dim=1))
     if finite_z is not None:
         parts.append(finite_z.mul_(exp_z).sum(dim=1))
+    if layout.argmax:
+        parts.append(first[:, 0].to(z.dtype))
     return torch.stack(parts)
 
 

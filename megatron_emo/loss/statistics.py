@@ -30,6 +30,23 @@ class LossOutput(NamedTuple):
     """The objective's dynamic weight (see `Objective.dynamic_weight`)."""
     entropy: Tensor | None
     """Entropy of q in nats, when asked for."""
+    argmax: Tensor | None = None
+    """The likeliest token, int64, when asked for; the lowest id of several."""
+
+
+class Layout(NamedTuple):
+    """Which numbers a token sends in the all-gather, beside its max, target logit and sum-exp."""
+
+    cost: bool
+    """Sum of e^z c."""
+    entropy: bool = False
+    """Sum of e^z z."""
+    argmax: bool = False
+    """The shard's likeliest token, a whole number: exact in fp32 for 2^24 tokens."""
+
+    @property
+    def count(self) -> int:
+        return 3 + sum(self)
 
 
 class Shard(NamedTuple):
@@ -63,6 +80,7 @@ class TokenStatistics(NamedTuple):
     mle_loss: Tensor
     emo_loss: Tensor
     entropy: Tensor | None
+    argmax: Tensor | None
 
 
 class TokenGradient(NamedTuple):
@@ -103,13 +121,13 @@ def locate(token_ids: Tensor, shard: Shard) -> Columns:
     return Columns(column.clamp(0, shard.partition_vocab_size - 1), owned)
 
 
-def num_statistics(has_cost: bool, with_entropy: bool) -> int:
-    """Return how many numbers a token sends in the all-gather."""
-    return 3 + has_cost + with_entropy
+def gather_statistics(statistics: Tensor, layout: Layout, shard: Shard) -> Tensor:
+    """Return all ranks' statistics [tp, S, N], in rank order; one all-gather, none on one rank.
 
-
-def gather_statistics(statistics: Tensor, shard: Shard) -> Tensor:
-    """Return all ranks' statistics [tp, S, N], in rank order; one all-gather, none on one rank."""
+    Overwrites columns of this shard with token ids.
+    """
+    if layout.argmax:
+        statistics[-1] += shard.vocab_start_index
     if shard.tp_group is None:
         return statistics[None]
     gathered = statistics.new_empty(shard.tp_group.size(), *statistics.shape)
@@ -117,13 +135,14 @@ def gather_statistics(statistics: Tensor, shard: Shard) -> Tensor:
     return gathered
 
 
-def merge_statistics(statistics: Tensor, has_cost: bool, with_entropy: bool) -> TokenStatistics:
+def merge_statistics(statistics: Tensor, layout: Layout) -> TokenStatistics:
     """Return the whole vocabulary's numbers from every rank's [tp, S, N], summed in rank order."""
     shard_max, shard_target = statistics[:, 0], statistics[:, 1]
     logits_max, z_target = shard_max.amax(dim=0), shard_target.amax(dim=0)
     scale = torch.where(shard_max == -torch.inf, 0.0, torch.exp(shard_max - logits_max))
-    sums = statistics[:, 2:] * scale[:, None]
-    if with_entropy:
+    num_sums = 1 + layout.cost + layout.entropy
+    sums = statistics[:, 2 : 2 + num_sums] * scale[:, None]
+    if layout.entropy:
         # e^z z was taken about each shard's own maximum; move it to the common one.
         sums[:, -1] += sums[:, 0] * (shard_max - logits_max).clamp(min=EXP_UNDERFLOW)
     # An explicit loop: a reduction may choose its order by shape.
@@ -136,13 +155,17 @@ def merge_statistics(statistics: Tensor, has_cost: bool, with_entropy: bool) -> 
     sum_exp = others + target_exp
     # When the target leads, its exp is 1 and log1p keeps the digits of a small remainder.
     log_sum_exp = torch.where(shifted_target == 0, torch.log1p(others), torch.log(sum_exp))
-    emo_loss = total[1] / sum_exp if has_cost else torch.zeros_like(others)
-    entropy = None
-    if with_entropy:
+    emo_loss = total[1] / sum_exp if layout.cost else torch.zeros_like(others)
+    entropy, argmax = None, None
+    if layout.entropy:
         mean_logit = total[-1] + target_exp * shifted_target.clamp(min=EXP_UNDERFLOW)
         entropy = log_sum_exp - mean_logit / sum_exp
+    if layout.argmax:
+        # The lowest id among the shards that hold the maximum.
+        ids = torch.where(shard_max == logits_max, statistics[:, -1], torch.inf).amin(dim=0)
+        argmax = ids.nan_to_num(nan=0.0, posinf=0.0).long()
     mle_loss = log_sum_exp - shifted_target
-    return TokenStatistics(logits_max, log_sum_exp, mle_loss, emo_loss, entropy)
+    return TokenStatistics(logits_max, log_sum_exp, mle_loss, emo_loss, entropy, argmax)
 
 
 def apply_objective(
@@ -154,7 +177,8 @@ def apply_objective(
     loss, mle_weight, emo_weight = objective(m, q_t, d)
     weight = objective.dynamic_weight(m, q_t, d)
     # An objective may return m or d itself; the differentiable output needs its own tensor.
-    return LossOutput(loss.clone(), m, d, weight, stats.entropy), mle_weight, emo_weight
+    results = LossOutput(loss.clone(), m, d, weight, stats.entropy, stats.argmax)
+    return results, mle_weight, emo_weight
 
 
 def token_gradient(

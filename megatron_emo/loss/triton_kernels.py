@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_emo.loss.statistics import EXP_UNDERFLOW, Columns, TokenGradient
+from megatron_emo.loss.statistics import EXP_UNDERFLOW, Columns, Layout, TokenGradient
 
 _STATISTICS_BLOCK = 4096
 _GRADIENT_BLOCK = 4096
@@ -33,6 +33,7 @@ def _statistics_kernel(
     UNDERFLOW: tl.constexpr,
     HAS_COST: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -46,11 +47,16 @@ def _statistics_kernel(
     sum_exp = 0.0
     sum_cost = 0.0
     sum_logit = 0.0
+    argmax = 0
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < num_columns
         z = tl.load(z_row + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        new_max = tl.maximum(row_max, tl.max(z, axis=0))
+        block_max = tl.max(z, axis=0)
+        if WITH_ARGMAX:
+            first = tl.min(tl.where(z == block_max, columns, num_columns), axis=0)
+            argmax = tl.where(block_max > row_max, first, argmax)
+        new_max = tl.maximum(row_max, block_max)
         shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         rescale = tl.exp(row_max - shift)
         is_target = columns == target
@@ -76,6 +82,8 @@ def _statistics_kernel(
         tl.store(out_ptr + 3 * num_rows + row, sum_cost)
     if WITH_ENTROPY:
         tl.store(out_ptr + (3 + HAS_COST) * num_rows + row, sum_logit)
+    if WITH_ARGMAX:
+        tl.store(out_ptr + (3 + HAS_COST + WITH_ENTROPY) * num_rows + row, argmax.to(tl.float32))
 
 
 @triton.jit
@@ -121,12 +129,11 @@ def _gradient_kernel(
 
 
 def row_statistics(
-    z: Tensor, target: Columns, cost: Tensor | None, cost_row: Tensor | None, with_entropy: bool
+    z: Tensor, target: Columns, cost: Tensor | None, cost_row: Tensor | None, layout: Layout
 ) -> Tensor:
-    """Return [S, n] fp32 as `kernels.row_statistics`; z is only read, once."""
+    """Return [layout.count, n] fp32 as `kernels.row_statistics`; z is only read, once."""
     num_rows, num_columns = z.shape
-    count = 3 + (cost is not None) + with_entropy
-    out = torch.empty(count, num_rows, dtype=torch.float32, device=z.device)
+    out = torch.empty(layout.count, num_rows, dtype=torch.float32, device=z.device)
     if num_rows:
         column, owned = _flat(target)
         _statistics_kernel[(num_rows,)](
@@ -142,7 +149,8 @@ def row_statistics(
             0 if cost is None else cost.stride(0),
             UNDERFLOW=EXP_UNDERFLOW,
             HAS_COST=cost is not None,
-            WITH_ENTROPY=with_entropy,
+            WITH_ENTROPY=layout.entropy,
+            WITH_ARGMAX=layout.argmax,
             BLOCK=min(_STATISTICS_BLOCK, triton.next_power_of_2(num_columns)),
         )
     return out

@@ -20,6 +20,7 @@ from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.loss.checks import check_inputs, check_targets
 from megatron_emo.loss.kernels import row_gradient, row_statistics
 from megatron_emo.loss.statistics import (
+    Layout,
     LossOutput,
     TokenStatistics,
     apply_objective,
@@ -30,7 +31,8 @@ from megatron_emo.loss.statistics import (
     merge_statistics,
     token_gradient,
 )
-from megatron_emo.loss.target_cost import cost_of_targets, gather_target_rows
+from megatron_emo.loss.target_cost import cost_of_targets
+from megatron_emo.loss.target_plan import PlannedTargets, plan_targets
 from megatron_emo.objectives import Objective
 
 
@@ -46,6 +48,8 @@ def vocab_parallel_loss(
     cost_embedding_is_normalized: bool = False,
     check_target: bool = True,
     return_entropy: bool = False,
+    return_argmax: bool = False,
+    planned: PlannedTargets | None = None,
 ) -> LossOutput:
     """Return the objective's loss for each token from vocabulary-sharded logits.
 
@@ -57,8 +61,8 @@ def vocab_parallel_loss(
     Collectives over tp_group, none when it has one rank: one all-reduce of the cost rows of the
     distinct targets [U, D], only with a cost embedding and dependent on labels alone, and one
     all-gather of 4 numbers per token (max, sum-exp, sum-exp-cost, target logit; 3 without a cost
-    embedding, one more for the entropy), merged in rank order, so that all ranks hold the same
-    bits. The backward has none.
+    embedding, one more each for entropy and argmax), merged in rank order, so that all ranks hold
+    the same bits. The backward has none.
 
     Args:
         vocab_parallel_logits: this rank's logits [..., V/tp], such as [s, b, V/tp]; fp64, fp32,
@@ -73,6 +77,9 @@ def vocab_parallel_loss(
         cost_embedding_is_normalized: rows have norm 1 or 0; saves one pass over the shard.
         check_target: refuse bad targets, at the price of one device synchronisation.
         return_entropy: also give the entropy of q.
+        return_argmax: also give the likeliest token.
+        planned: from `PlannedTargets`, made of the same target, loss_mask and table; else made
+            here, which on a GPU waits for the device.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a missing cost embedding, or targets outside
@@ -87,15 +94,16 @@ def vocab_parallel_loss(
     # Masked targets may be -100; row 0 stands in, its loss and gradient are dropped.
     flat_target = flat_target if keep is None else torch.where(keep, flat_target, 0)
 
-    compute_dtype = torch.promote_types(vocab_parallel_logits.dtype, torch.float32)
     cost, cost_row = None, None
     if cost_embedding is not None:
         unit_embedding = cost_embedding.detach()
         if not cost_embedding_is_normalized:
             unit_embedding = unit_rows(unit_embedding)
-        distinct, cost_row = torch.unique(flat_target, return_inverse=True)
-        target_rows = gather_target_rows(distinct, unit_embedding, shard)
-        cost = cost_of_targets(target_rows, unit_embedding, compute_dtype)
+        if planned is None:
+            planned = PlannedTargets(plan_targets(target, loss_mask), unit_embedding, shard)
+        compute_dtype = torch.promote_types(vocab_parallel_logits.dtype, torch.float32)
+        cost = cost_of_targets(planned.rows(), unit_embedding, compute_dtype)
+        cost_row = planned.plan.restore(planned.plan.cost_row)
 
     results = _VocabParallelLoss.apply(
         vocab_parallel_logits.reshape(-1, shard.partition_vocab_size),
@@ -105,7 +113,7 @@ def vocab_parallel_loss(
         cost_row,
         objective,
         shard,
-        return_entropy,
+        Layout(cost is not None, return_entropy, return_argmax),
     )
     return LossOutput(*(x if x is None else x.view(target.shape) for x in results))
 
@@ -117,13 +125,12 @@ class _VocabParallelLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, target, keep, cost, cost_row, objective, shard, with_entropy):
-        has_cost = cost is not None
-        local = row_statistics(logits, locate(target, shard), cost, cost_row, with_entropy)
-        stats = merge_statistics(gather_statistics(local, shard), has_cost, with_entropy)
+    def forward(ctx, logits, target, keep, cost, cost_row, objective, shard, layout):
+        local = row_statistics(logits, locate(target, shard), cost, cost_row, layout)
+        stats = merge_statistics(gather_statistics(local, layout, shard), layout)
         outputs, mle_weight, emo_weight = apply_objective(stats, objective)
         if keep is not None:
-            outputs = [x if x is None else torch.where(keep, x, 0.0) for x in outputs]
+            outputs = [x if x is None else torch.where(keep, x, 0) for x in outputs]
         ctx.save_for_backward(
             logits, target, keep, cost, cost_row, *stats[:4], mle_weight, emo_weight
         )
@@ -134,7 +141,7 @@ class _VocabParallelLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         logits, target, keep, cost, cost_row, *stats, mle_weight, emo_weight = ctx.saved_tensors
-        stats = TokenStatistics(*stats, entropy=None)
+        stats = TokenStatistics(*stats, entropy=None, argmax=None)
         token = token_gradient(stats, mle_weight, emo_weight, grad_loss)
         columns = locate(target, ctx.shard)
         grad = torch.empty_like(logits)

@@ -134,15 +134,9 @@ def test_bf16_rounds_once(monkeypatch, path):
 
 
 def test_auto_follows_the_byte_budget():
-    x, w, target, embedding = example(torch.float32)
-    plan = fused_linear._make_plan(
-        x, target.reshape(-1).sort().values, torch.ones(24), EMO1, embedding, SHARD, 1
-    )
-    assert fused_linear._choose_path(plan, x, 1) == "logits"
-    assert fused_linear._choose_path(plan, x, 0) == "recompute"
-
-
-SHARD = fused_linear.make_shard(61, None)
+    # 100 logits rows in bf16 and 30 cost rows in fp32 of 10,000 columns: 3.2e6 bytes, 3.05 MiB.
+    assert fused_linear.auto_path(100, 30, 10_000, 2, 4) == ("logits", 3_200_000)
+    assert fused_linear.auto_path(100, 30, 10_000, 2, 3) == ("recompute", 3_200_000)
 
 
 def test_nothing_is_kept_without_gradients():

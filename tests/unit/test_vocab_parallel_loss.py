@@ -54,12 +54,27 @@ def test_row_chunks_do_not_change_a_bit(monkeypatch):
     logits.requires_grad_()
 
     def run():
-        out = vocab_parallel_loss(logits, target, EMO1, embedding.float(), return_entropy=True)
+        out = vocab_parallel_loss(
+            logits, target, EMO1, embedding.float(), return_entropy=True, return_argmax=True
+        )
         return [*out, *grads(out.loss.sum(), logits)]
 
     whole = run()
     monkeypatch.setitem(kernels._BLOCK_BYTES, "cpu", 3 * 61 * 4)
     assert all(torch.equal(x, y) for x, y in zip(whole, run(), strict=True))
+
+
+def test_argmax_is_the_first_of_the_likeliest():
+    logits, target, embedding = example(dtype=torch.bfloat16, scale=0.02)
+    logits = logits.mul(50).round().div(50)  # many ties
+    keep = torch.ones(23)
+    keep[4] = 0
+    out = vocab_parallel_loss(logits, target, EMO1, embedding, keep, return_argmax=True)
+    first = [row.index(max(row)) for row in logits.tolist()]
+    first[4] = 0
+    assert out.argmax.tolist() == first
+    assert (logits == logits.amax(dim=1, keepdim=True)).sum(dim=1).max() > 1
+    assert vocab_parallel_loss(logits, target, EMO1, embedding).argmax is None
 
 
 def confident_logits(q_t, vocab=32000):
@@ -129,7 +144,7 @@ def test_masked_tokens_give_nothing_whatever_they_hold(dtype):
     out = vocab_parallel_loss(logits, target, EMO1, embedding.to(dtype), mask, return_entropy=True)
     (grad,) = grads(out.loss.sum(), logits)
     dropped = mask == 0
-    for values in (*out, grad):
+    for values in (*out[:5], grad):
         assert torch.isfinite(values).all()
         assert (values[dropped] == 0).all()
     kept = vocab_parallel_loss(logits[~dropped], target[~dropped], EMO1, embedding.to(dtype))
@@ -185,7 +200,7 @@ def test_only_loss_carries_gradient():
     logits, target, embedding = example()
     out = vocab_parallel_loss(logits.requires_grad_(), target, EMO1, embedding, return_entropy=True)
     assert out.loss.requires_grad
-    assert not any(x.requires_grad for x in out[1:])
+    assert not any(x.requires_grad for x in out[1:5])
 
 
 def test_zero_rows_cost_one_and_norms_do_not_matter():
