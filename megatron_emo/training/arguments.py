@@ -71,6 +71,14 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "Default: fp32.",
     )
     group.add_argument(
+        "--emo-cost-dim",
+        metavar="K",
+        type=int,
+        default=None,
+        help="Reduce the rows of a cost embedding file to their K principal components when it is "
+        "read; what that does to cosines is printed. Default: all columns.",
+    )
+    group.add_argument(
         "--emo-start-iter",
         type=int,
         default=0,
@@ -164,25 +172,33 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
         )
     cost_embedding = None
     if source is not None:
-        cost_embedding = CostEmbeddingConfig(source, args.emo_cost_dtype)
-    if loss_path.path in ("recompute", "forward"):
-        _check_fused_path(args)
+        cost_embedding = _cost_embedding_config(args, source)
+    _check_loss_path(args)
     return EmoConfig(objective, cost_embedding, schedule, loss_path)
 
 
-def fused_path_obstacle(args: argparse.Namespace) -> str:
-    """Return the flag that needs the output layer to be called as a module, "" if there is none."""
-    if args.use_distributed_optimizer and args.overlap_param_gather:
-        return "--overlap-param-gather"  # its hooks fetch the weight when the module is called
-    return "--defer-embedding-wgrad-compute" if args.defer_embedding_wgrad_compute else ""
+def _cost_embedding_config(args: argparse.Namespace, source: str) -> CostEmbeddingConfig:
+    try:
+        return CostEmbeddingConfig(source, args.emo_cost_dtype, args.emo_cost_dim)
+    except ValueError as error:
+        raise ValueError(f"--emo-cost-dim {args.emo_cost_dim}: {error}") from None
 
 
-def _check_fused_path(args: argparse.Namespace) -> None:
-    obstacle = fused_path_obstacle(args)
-    if obstacle:
+def output_layer_obstacle(args: argparse.Namespace) -> str:
+    """Return the flag that needs the output layer's own product, "" if there is none."""
+    if args.defer_embedding_wgrad_compute:
+        return "--defer-embedding-wgrad-compute"  # the layer keeps its inputs for later
+    if getattr(args, "gtp_weight_remat_size", 1) > 1:
+        return "--tensor-parallel-num-weight-shards"  # the layer gathers its weight
+    return ""
+
+
+def _check_loss_path(args: argparse.Namespace) -> None:
+    obstacle = output_layer_obstacle(args)
+    if obstacle and args.emo_loss_path in ("recompute", "forward"):
         raise ValueError(
-            f"--emo-loss-path {args.emo_loss_path}: does not go with {obstacle}, which acts where "
-            "the output layer is called; use --emo-loss-path logits"
+            f"--emo-loss-path {args.emo_loss_path}: does not go with {obstacle}, which needs the "
+            "output layer's own product; use --emo-loss-path logits"
         )
 
 

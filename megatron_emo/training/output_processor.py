@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+import torch
 from torch import Tensor
 
 from megatron_emo.loss.fused_linear import fused_linear_loss
 from megatron_emo.loss.vocab_parallel import vocab_parallel_loss
-from megatron_emo.training.state import LossState
+from megatron_emo.training.microbatch import Microbatch
 
 
 def emo_output_processor(
@@ -23,15 +23,15 @@ def emo_output_processor(
     loss_mask: Tensor | None,
     scale_logits: Callable[[Tensor], Tensor],
     runtime_gather_output: bool | None,
-    context: LossState,
+    context: Microbatch,
     **_: Any,
 ) -> Tensor:
     """Return the objective per token [b, s], or logits [b, s, V] where there are no labels.
 
     Mirrors the end of `GPTModel._postprocess` (megatron-core 0.19.2) with our loss in the place of
-    `compute_language_model_loss`. On the path logits they come from the output layer module itself,
-    so that its hooks, sequence parallelism and tied weights stay Megatron's; the other paths take
-    its weight.
+    the output layer and `compute_language_model_loss`. The loss runs inside the output layer's own
+    call, so that the hooks that fetch its weight run too; where a flag needs the layer's own
+    product, its logits are taken.
 
     Args:
         hidden_states: [s, b, h], [s/tp, b, h] under sequence parallelism.
@@ -39,6 +39,7 @@ def emo_output_processor(
         labels: [b, s] global ids.
         loss_mask: [b, s].
     """
+    state = context.state
 
     def form_logits() -> Tensor:
         logits, _bias = output_layer(
@@ -48,36 +49,51 @@ def emo_output_processor(
 
     if labels is None:
         return form_logits().transpose(0, 1).contiguous()
-    weight = output_layer.weight if output_weight is None else output_weight
-    call = {
-        "target": labels.transpose(0, 1),
-        "objective": context.objective(),
-        "cost_embedding": context.cost_embedding(weight.detach(), output_layer.training),
-        "loss_mask": None if loss_mask is None else loss_mask.transpose(0, 1),
-        "tp_group": context.tp_group,
-        "vocab_size": context.vocab_size,
-        "cost_embedding_is_normalized": True,
-        # On a GPU the data loader has looked at the labels while they were on the host.
-        "check_target": not labels.is_cuda,
-        "return_entropy": True,
-    }
-    path = context.loss_path(labels.numel(), weight.shape[0], hidden_states.element_size())
-    if path == "logits":
-        out = vocab_parallel_loss(form_logits(), **call)
-    else:
-        is_sharded = output_layer.sequence_parallel
-        if is_sharded:
-            # Its backward reduce-scatters, so the loss leaves the sum over ranks to it.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, group=context.tp_group
-            )
-        out = fused_linear_loss(
+
+    def loss_of(compute: Callable[..., Any], *inputs: Tensor, **settings: Any) -> Any:
+        weight = output_layer.weight if output_weight is None else output_weight
+        table = state.cost_embedding(weight.detach(), output_layer.training)
+        return compute(
+            *inputs,
+            target=labels.transpose(0, 1),
+            objective=state.objective(),
+            cost_embedding=table,
+            loss_mask=None if loss_mask is None else loss_mask.transpose(0, 1),
+            tp_group=state.tp_group,
+            vocab_size=state.vocab_size,
+            cost_embedding_is_normalized=True,
+            # On a GPU the data loader has looked at the labels while they were on the host.
+            check_target=not labels.is_cuda,
+            return_entropy=True,
+            planned=context.planned(table),
+            **settings,
+        )
+
+    def fused_loss() -> Any:
+        weight = output_layer.weight if output_weight is None else output_weight
+        return loss_of(
+            fused_linear_loss,
             scale_logits(hidden_states),  # (k x) W^T = k (x W^T)
             weight,
-            path=path,
-            workspace_mb=context.config.loss_path.workspace_mb,
-            reduce_hidden_grad=not is_sharded,
-            **call,
+            path=state.loss_path(labels.numel(), len(weight), hidden_states.element_size()),
+            workspace_mb=state.config.loss_path.workspace_mb,
+            sequence_parallel=output_layer.sequence_parallel,
+            into_main_grad=output_layer.gradient_accumulation_fusion,
         )
-    context.last_output = out._replace(loss=out.loss.detach())
+
+    if state.needs_output_layer:
+        out = loss_of(vocab_parallel_loss, form_logits())
+    else:
+        out = _call_with_hooks(output_layer, fused_loss)
+    context.output = out._replace(loss=out.loss.detach())
     return out.loss.transpose(0, 1).contiguous()
+
+
+def _call_with_hooks(module: torch.nn.Module, function: Callable[[], Any]) -> Any:
+    """Return function(), run as the module's forward: between its forward hooks, which is where
+    the distributed optimizer waits for the weight it is gathering."""
+    module.forward = function  # hides the class's
+    try:
+        return module()
+    finally:
+        del module.forward

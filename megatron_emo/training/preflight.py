@@ -28,15 +28,15 @@ def check_before_start(args: argparse.Namespace, config: EmoConfig) -> None:
     """Check all of it, and leave the table's identity in `args.emo_cost_embedding_id`.
 
     Megatron stores its arguments in every checkpoint, and with them that identity: the table's
-    sha256, output-layer, or "" where no cost trains the model. No collective; every rank checks for
-    itself, the data files on rank 0 alone.
+    sha256 (with :dim=K where --emo-cost-dim reduces it), output-layer, or "" where no cost trains
+    the model. No collective; every rank checks for itself, the data files on rank 0 alone.
 
     Raises:
         ValueError, FileNotFoundError: naming the flag, what was found and what was expected.
     """
-    sha256 = _check_table(config)
+    table_id = _check_table(config)
     trains_on_cost = config.cost_embedding is not None and config.build_objective().uses_cost
-    args.emo_cost_embedding_id = (sha256 or OUTPUT_LAYER) if trains_on_cost else ""
+    args.emo_cost_embedding_id = (table_id or OUTPUT_LAYER) if trains_on_cost else ""
     if args.rank == 0:
         _check_data(args)
     _check_resume(args)
@@ -45,12 +45,20 @@ def check_before_start(args: argparse.Namespace, config: EmoConfig) -> None:
 def _check_table(config: EmoConfig) -> str:
     if config.cost_embedding is None or config.cost_embedding.source == OUTPUT_LAYER:
         return ""
-    tokenizer = get_tokenizer()
-    return check_cost_embedding(
+    tokenizer, dim = get_tokenizer(), config.cost_embedding.dim
+    info = check_cost_embedding(
         config.cost_embedding.source,
         vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-    ).sha256
+    )
+    if dim is None or dim == info.dim:
+        return info.sha256
+    if dim > info.dim:
+        raise ValueError(
+            f"--emo-cost-dim {dim}: --emo-cost-embedding {config.cost_embedding.source} has "
+            f"{info.dim} columns, expected at least {dim}"
+        )
+    return f"{info.sha256}:dim={dim}"
 
 
 def _check_data(args: argparse.Namespace) -> None:
@@ -83,7 +91,8 @@ def _check_resume(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--emo-cost-embedding {args.emo_cost_embedding or OUTPUT_LAYER} has id {now}, the "
             f"checkpoint {folder} was trained with {saved.emo_cost_embedding or OUTPUT_LAYER}, id "
-            f"{then}; resume with that table, or add --finetune to start a new run from its weights"
+            f"{then}; resume with that table and its --emo-cost-dim, or add --finetune to start a "
+            "new run from its weights"
         )
     changed = [
         f"--{name.replace('_', '-')} {getattr(saved, name)} -> {getattr(args, name)}"

@@ -3,9 +3,11 @@ group."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.training import get_args, get_tokenizer, print_rank_last
 from torch import Tensor
@@ -16,14 +18,15 @@ from megatron_emo.cost_embedding import (
     load_cost_embedding_shard,
 )
 from megatron_emo.cost_embedding.narrow import DTYPES, narrow_rows, narrow_rows_checked
-from megatron_emo.loss.fused_linear import bytes_kept_with_logits
-from megatron_emo.loss.statistics import LossOutput
+from megatron_emo.cost_embedding.reduce import reduce_rows
+from megatron_emo.loss.fused_linear import auto_path
+from megatron_emo.loss.statistics import Shard, make_shard
 from megatron_emo.objectives import Objective, blend_with_mle
-from megatron_emo.training.arguments import EmoConfig, fused_path_obstacle
+from megatron_emo.training.arguments import EmoConfig, output_layer_obstacle
 
 
 class LossState:
-    """One per process and run; handed to `GPTModel.forward` as `output_processor_context`.
+    """One per process and run.
 
     The table lies here and not in the model: Float16Module would cast a buffer, and a
     vocabulary-sharded buffer in a checkpoint comes back as rank 0's shard on every rank.
@@ -31,18 +34,38 @@ class LossState:
 
     def __init__(self, config: EmoConfig) -> None:
         self.config = config
+        args = get_args()
         self.vocab_size: int = get_tokenizer().vocab_size
         """Without padding."""
-        self.last_output: LossOutput | None = None
-        """The results of the newest forward on this rank; [s, b] each."""
+        self.needs_output_layer = bool(output_layer_obstacle(args))
+        """Whether the layer's own product has to be taken."""
+        self.shares_host_targets: bool = args.context_parallel_size == 1
+        """Whether labels on the host are those of the batch; CP cuts them on the device."""
         self._objective = config.build_objective()
         self._table: Tensor | None = None
         self._table_key: Any = None
         self._auto_path: str | None = None
 
     @property
-    def tp_group(self) -> torch.distributed.ProcessGroup:
+    def tp_group(self) -> dist.ProcessGroup:
         return parallel_state.get_tensor_model_parallel_group()
+
+    @functools.cached_property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """The ranks of tp_group, for tensors on the host; None for one rank."""
+        if self.tp_group.size() == 1:
+            return None
+        ranks = dist.get_process_group_ranks(self.tp_group)
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+    @property
+    def weight_cap(self) -> float:
+        """Cap of the objective's dynamic weight."""
+        return self._objective.weight_max
+
+    def shard(self) -> Shard:
+        """Return where this rank's rows of the vocabulary lie."""
+        return make_shard(get_args().padded_vocab_size // self.tp_group.size(), self.tp_group)
 
     def objective(self) -> Objective:
         """Return the objective with its share at the current iteration."""
@@ -54,43 +77,64 @@ class LossState:
     def cost_embedding(self, output_weight: Tensor, is_training: bool) -> Tensor | None:
         """Return this rank's unit rows [V/tp, D], None without a cost embedding.
 
-        A file is read once, at the first call; the live head is normalised once per optimizer step,
-        which all microbatches of the step share.
+        The live head is normalised once per optimizer step, which all microbatches of the step
+        share.
 
         Args:
             output_weight: the head's shard [V/tp, h].
             is_training: a step's weights differ from those evaluated after it.
         """
-        if self.config.cost_embedding is None:
-            return None
-        source = self.config.cost_embedding.source
-        live = source == OUTPUT_LAYER
-        key = (_finished_iterations(), is_training) if live else source
+        config = self.config.cost_embedding
+        if config is None or config.source != OUTPUT_LAYER:
+            return self.file_table(output_weight.device)
+        key = (_finished_iterations(), is_training)
         if key != self._table_key:
             self._table = None  # free the old one first
-            start = self.tp_group.rank() * output_weight.shape[0]
-            if live:
-                rows = adaptive_cost_embedding(
-                    output_weight, vocab_start_index=start, vocab_size=self.vocab_size
-                )
-            else:
-                rows = load_cost_embedding_shard(
-                    source,
-                    vocab_start_index=start,
-                    vocab_end_index=start + output_weight.shape[0],
-                    vocab_size=self.vocab_size,
-                    device=output_weight.device,
-                )
+            rows = adaptive_cost_embedding(
+                output_weight,
+                vocab_start_index=self.shard().vocab_start_index,
+                vocab_size=self.vocab_size,
+            )
             self._table = self._narrowed(rows, is_first=self._table_key is None)
             self._table_key = key
         return self._table
+
+    def file_table(self, device: torch.device) -> Tensor | None:
+        """Return this rank's unit rows [V/tp, D] of a table that is a file, read at the first call;
+        None for the live head, or without a cost embedding."""
+        config = self.config.cost_embedding
+        if config is None or config.source == OUTPUT_LAYER:
+            return None
+        if self._table is None:
+            start, num_rows, _ = self.shard()
+            rows = load_cost_embedding_shard(
+                config.source,
+                vocab_start_index=start,
+                vocab_end_index=start + num_rows,
+                vocab_size=self.vocab_size,
+                device=device,
+            )
+            self._table = self._narrowed(self._reduced(rows), is_first=True)
+        return self._table
+
+    def _reduced(self, rows: Tensor) -> Tensor:
+        """Return rows with the columns asked for; collective over the tensor-parallel group."""
+        dim, found = self.config.cost_embedding.dim, rows.shape[1]
+        if dim is None or dim == found:
+            return rows
+        rows, error = reduce_rows(rows, dim, self.tp_group, flag="--emo-cost-dim")
+        print_rank_last(
+            f"> cost table reduced to {dim} of {found} columns: over {error.num_pairs} pairs of "
+            f"rows cosines are off by {error.rms:.2e} (root mean square), at most {error.max:.2e}"
+        )
+        return rows
 
     def _narrowed(self, rows: Tensor, is_first: bool) -> Tensor:
         """Return rows in the dtype asked for; its error is measured at the first table alone."""
         name = self.config.cost_embedding.dtype
         if name == "fp32" or not is_first:
             return narrow_rows(rows, DTYPES[name])
-        narrow, error = narrow_rows_checked(rows, DTYPES[name], "--emo-cost-dtype")
+        narrow, error = narrow_rows_checked(rows, DTYPES[name], "--emo-cost-dtype", self.tp_group)
         print_rank_last(f"> cost table in {name}: costs are off by {error:.2%} (root mean square)")
         return narrow
 
@@ -102,37 +146,14 @@ class LossState:
         if self._auto_path is None:
             # At worst all targets of a microbatch differ.
             num_distinct = num_tokens if self.config.cost_embedding is not None else 0
-            kept = bytes_kept_with_logits(num_tokens, num_distinct, partition_vocab_size, itemsize)
-            obstacle = fused_path_obstacle(get_args())
-            fits = kept <= workspace_mb << 20
-            self._auto_path = "logits" if fits or obstacle else "recompute"
-            reason = f"logits and cost rows take up to {kept / 2**20:.0f} MiB of {workspace_mb}"
-            reason += f", and {obstacle} needs the output layer" if obstacle and not fits else ""
-            print_rank_last(f"> loss path {self._auto_path}: {reason}")
+            self._auto_path, kept = auto_path(
+                num_tokens, num_distinct, partition_vocab_size, itemsize, workspace_mb
+            )
+            print_rank_last(
+                f"> loss path {self._auto_path}: logits and cost rows take up to "
+                f"{kept / 2**20:.0f} MiB of --emo-workspace-mb {workspace_mb}"
+            )
         return self._auto_path
-
-    def statistics(self, loss_mask: Tensor) -> dict[str, Tensor]:
-        """Return name -> [sum over counted tokens] of the newest forward, for the log.
-
-        Args:
-            loss_mask: [b, s] as the data loader gave it.
-        """
-        out = self.last_output
-        mask = loss_mask.transpose(0, 1)
-        counted = mask != 0
-        sums = {"lm loss": (out.mle_loss * mask).sum()}
-        if self.config.cost_embedding is not None:
-            sums["emo loss"] = (out.emo_loss * mask).sum()
-        sums["objective"] = (out.loss.detach() * mask).sum()
-        sums["objective weight"] = (out.weight * mask).sum()
-        capped = (out.weight >= self._objective.weight_max) & counted
-        sums["objective weight capped"] = (capped * mask).sum()
-        sums["entropy"] = (out.entropy * mask).sum()
-        return sums
-
-    def weight_max(self) -> Tensor:
-        """Return the largest dynamic weight of the newest forward; masked tokens hold 0."""
-        return self.last_output.weight.amax()
 
 
 def _finished_iterations() -> int:

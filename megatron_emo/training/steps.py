@@ -34,6 +34,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_emo.training.microbatch import Microbatch
 from megatron_emo.training.output_processor import emo_output_processor
 from megatron_emo.training.state import LossState
 
@@ -69,20 +70,23 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
     """Return the microbatch of this rank: read on TP rank 0, broadcast, cut along the sequence for
     CP.
 
-    Keys `_BATCH_KEYS`; None where this pipeline stage does not need an entry.
+    Keys `_BATCH_KEYS`, None where this pipeline stage does not need an entry, and host_targets: on
+    TP rank 0 of GPUs without CP the labels on the host, -1 where the mask is 0.
     """
     args = get_args()
     is_packed = args.sft or args.dataloader_inter_document_masking
     has_mtp = _has_mtp(args, vp_stage)
     is_needed = has_mtp or is_first_or_last_pipeline_stage(vp_stage)
     if not is_needed and not is_packed:
-        return dict.fromkeys(_BATCH_KEYS)
+        return dict.fromkeys((*_BATCH_KEYS, "host_targets"))
 
     batch: dict[str, Any] = {}
+    host_targets = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         batch = next(data_iterator)
         if torch.cuda.is_available():
             check_labels(batch)
+            host_targets = torch.where(batch["loss_mask"] != 0, batch["labels"], -1)
         for key in _BATCH_KEYS:
             value = batch.get(key)
             batch[key] = None if value is None else value.cuda(non_blocking=True)
@@ -105,14 +109,16 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None = None) -> di
     batch = flatten_batch_for_packed_sequences(batch)
     if not is_needed:
         kept = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
-        return {key: batch[key] if key in kept else None for key in _BATCH_KEYS}
-    return get_batch_on_this_cp_rank(
+        batch = {key: batch[key] if key in kept else None for key in _BATCH_KEYS}
+        return batch | {"host_targets": None}
+    batch = get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=args.hybrid_context_parallel,
         cp_group=parallel_state.get_context_parallel_group(),
         hybrid_cp_group_func=parallel_state.get_hybrid_data_context_parallel_groups,
         use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
     )
+    return batch | {"host_targets": host_targets}
 
 
 def check_labels(batch: dict[str, Tensor]) -> None:
@@ -165,6 +171,8 @@ def forward_step(
     with _straggler_timer(bdata=True):
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         packed_seq_params = _packed_seq_params(batch)
+        has_head = get_attr_wrapped_model(model, "post_process")
+        microbatch = Microbatch(state, batch if has_head else None)
     timers("batch-generator").stop()
 
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
@@ -172,9 +180,9 @@ def forward_step(
         "labels": batch["labels"],
         "loss_mask": batch["loss_mask"],
         "output_processor": emo_output_processor,
-        "output_processor_context": state,
+        "output_processor_context": microbatch,
     }
-    finish = partial(loss_func, batch["loss_mask"], state=state)
+    finish = partial(loss_func, batch["loss_mask"], microbatch=microbatch)
     with _straggler_timer:
         if return_schedule_plan:
             return model.build_schedule_plan(*inputs, **head), finish
@@ -182,7 +190,7 @@ def forward_step(
 
 
 def loss_func(
-    loss_mask: Tensor, output_tensor: Tensor, *, state: LossState
+    loss_mask: Tensor, output_tensor: Tensor, *, microbatch: Microbatch
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return (loss sum, number of tokens, report) of a microbatch.
 
@@ -196,14 +204,10 @@ def loss_func(
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output_tensor.reshape(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
-    count = num_tokens.view(1)
     report = {
-        key: torch.cat([value.float().view(1), count])
-        for key, value in state.statistics(loss_mask).items()
+        name: torch.stack([value.float(), count.float()])
+        for name, (value, count) in microbatch.report(loss_mask).items()
     }
-    report["objective weight max"] = torch.cat(
-        [state.weight_max().float().view(1), torch.ones_like(count)]
-    )
     _validate(loss)
     return loss, num_tokens, report
 

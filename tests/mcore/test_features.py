@@ -128,20 +128,26 @@ def check_masked_labels_may_hold_anything(path):
     cpu.enable([])
     from megatron_emo.training.output_processor import emo_output_processor
 
-    class Head:
-        training, weight, sequence_parallel = True, torch.eye(8), False
+    class Head(torch.nn.Module):
+        sequence_parallel = gradient_accumulation_fusion = False
 
-        def __call__(self, hidden_states, weight, runtime_gather_output):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(8))
+
+        def forward(self, hidden_states, weight, runtime_gather_output):
             return hidden_states, None
 
-    context = SimpleNamespace(
+    state = SimpleNamespace(
         objective=lambda: build_objective("emo1"),
         cost_embedding=lambda weight, is_training: weight,
         tp_group=None,
         vocab_size=8,
         loss_path=lambda *sizes: path,
+        needs_output_layer=path == "output layer",
         config=SimpleNamespace(loss_path=LossPathConfig()),
     )
+    context = SimpleNamespace(state=state, planned=lambda table: None)
     labels = torch.tensor([[1, 2, -100], [3, 99, 7]])
     loss_mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     losses = emo_output_processor(
@@ -158,7 +164,7 @@ def check_masked_labels_may_hold_anything(path):
     assert ((losses == 0) == (loss_mask == 0)).all()
 
 
-@pytest.mark.parametrize("path", ["logits", "recompute", "forward"])
+@pytest.mark.parametrize("path", ["output layer", "logits", "recompute", "forward"])
 def test_masked_labels_may_hold_anything(run_distributed, path):
     run_distributed(1)(check_masked_labels_may_hold_anything, path=path)
 

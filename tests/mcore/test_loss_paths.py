@@ -53,10 +53,26 @@ def test_tied_head_gets_both_gradients(run_pretraining):
             assert fused[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
 
 
-def test_a_path_that_skips_the_output_layers_hooks_is_refused(run_pretraining):
-    flags = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-    message = "--emo-loss-path recompute: does not go with --overlap-param-gather"
-    run_pretraining(2, *SHORT, *flags, "--emo-loss-path", "recompute", error=message)
+@pytest.mark.parametrize("path", ["logits", "recompute"])
+def test_weights_are_gathered_before_the_loss_reads_them(run_pretraining, path):
+    flags = (
+        *SHORT,
+        "--use-distributed-optimizer",
+        "--overlap-grad-reduce",
+        "--ddp-bucket-size",
+        "1",
+    )
+    expected = run_pretraining(2, *flags, "--emo-loss-path", path)
+    overlapped = run_pretraining(2, *flags, "--overlap-param-gather", "--emo-loss-path", path)
+    for name in ("lm loss", "emo loss", "grad-norm"):
+        for iteration, value in expected[name].items():
+            assert overlapped[name][iteration] == pytest.approx(value, abs=1e-6), (name, iteration)
+
+
+def test_the_output_layers_own_product_is_taken_where_a_flag_needs_it(run_pretraining):
+    flags = ("--defer-embedding-wgrad-compute",)
+    message = "--emo-loss-path recompute: does not go with --defer-embedding-wgrad-compute"
+    run_pretraining(1, *SHORT, *flags, "--emo-loss-path", "recompute", error=message)
 
 
 def test_a_bf16_table_trains_as_the_fp32_one_to_its_rounding(run_pretraining):
@@ -68,6 +84,7 @@ def test_a_bf16_table_trains_as_the_fp32_one_to_its_rounding(run_pretraining):
 
 
 def test_a_table_too_coarse_in_fp8_is_refused_by_the_flag(run_pretraining):
-    # Ten columns leave too few products to average e4m3's rounding over.
+    # Three columns leave too few products to average e4m3's rounding over.
     message = "--emo-cost-dtype fp8: costs of this table"
-    run_pretraining(1, *SHORT, "--emo-cost-dtype", "fp8", error=message)
+    flags = ("--emo-cost-dtype", "fp8", "--emo-cost-dim", "3")
+    run_pretraining(1, *SHORT, *flags, error=message)
