@@ -68,12 +68,12 @@ class LinearGradients:
         """
         self._spread, self._main_grad, self._reduction = spread, main_grad, None
         self._hidden = self._weight = None
-        plan = spread.plan
+        plan, wide = spread.plan, torch.promote_types(weight.dtype, torch.float32)
         if needs[0]:
-            # One more row takes what padded rows write.
-            self._hidden = hidden.new_zeros(plan.num_tokens + plan.is_padded, hidden.shape[-1])
+            # One more row takes what padded rows write. What is scaled later is rounded then.
+            shape = plan.num_tokens + plan.is_padded, hidden.shape[-1]
+            self._hidden = hidden.new_zeros(shape, dtype=hidden.dtype if is_final else wide)
         if needs[1]:
-            wide = torch.promote_types(weight.dtype, torch.float32)
             is_direct = is_final and main_grad is not None and main_grad.dtype == wide
             self._weight = main_grad if is_direct else torch.empty_like(weight, dtype=wide)
             self._is_unset = not is_direct
@@ -89,7 +89,9 @@ class LinearGradients:
     ) -> None:
         """Add a chunk's share; grad_z [rows, V/tp] in the inputs' dtype."""
         if self._hidden is not None:
-            self._hidden.index_copy_(0, self._spread.plan.order[rows], torch.mm(grad_z, weight))
+            grad = self._hidden.new_empty(len(grad_z), weight.shape[1])
+            add_product_(grad, grad_z, weight, overwrite=True)
+            self._hidden.index_copy_(0, self._spread.plan.order[rows], grad)
             if is_last:
                 self._reduction = _Reduction(self._hidden, self._spread)
         if self._weight is not None:

@@ -190,6 +190,8 @@ def output_layer_obstacle(args: argparse.Namespace) -> str:
         return "--defer-embedding-wgrad-compute"  # the layer keeps its inputs for later
     if getattr(args, "gtp_weight_remat_size", 1) > 1:
         return "--tensor-parallel-num-weight-shards"  # the layer gathers its weight
+    if getattr(args, "fp8_output_proj", False):
+        return "--fp8-output-proj"  # the layer multiplies in FP8
     return ""
 
 

@@ -118,15 +118,15 @@ def test_all_masked_is_zero(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_bf16_rounds_once(monkeypatch, path):
     # Against the plain bf16 computation's own error: logits rounded to bf16, then exact.
-    x, w, target, embedding = example(torch.bfloat16, tokens=96, hidden=32)
+    x, w, target, embedding = example(torch.bfloat16, tokens=400, hidden=64)
     chunks_of(monkeypatch, 7, itemsize=4)
-    upstream = torch.ones(target.shape, dtype=torch.float64)
+    upstream = torch.full(target.shape, 0.37, dtype=torch.float64)  # no power of two
     out = fused_linear_loss(x, w, target, EMO1, embedding.float(), path=path)
-    grads = torch.autograd.grad(out.loss.sum(), (x, w))
+    grads = torch.autograd.grad(out.loss.sum() * 0.37, (x, w))
     _, *exact = expected_of(x, w, target, "emo1", embedding.float(), upstream)
     plain_x, plain_w = (v.detach().requires_grad_() for v in (x, w))
     plain = reference_loss((plain_x @ plain_w.T).double(), target, "emo1", embedding.double())
-    plain = torch.autograd.grad(plain.loss.sum(), (plain_x, plain_w))
+    plain = torch.autograd.grad(plain.loss.sum() * 0.37, (plain_x, plain_w))
     for ours, theirs, true in zip(grads, plain, exact, strict=True):
         assert ours.dtype == torch.bfloat16
         error, bound = ((v.double() - true).norm() / true.norm() for v in (ours, theirs))
@@ -146,6 +146,20 @@ def test_nothing_is_kept_without_gradients():
     expected = reference_loss((x @ w.T).detach(), target, "emo1", embedding)
     torch.testing.assert_close(out.loss, expected.loss)
     assert not out.loss.requires_grad
+
+
+def test_quantized_hidden_states_are_widened():
+    # Like Transformer Engine's: a tensor subclass that keeps a scale and knows how to undo it.
+    class Quantized(torch.Tensor):
+        _quantizer = None
+
+        def dequantize(self):
+            return self.as_subclass(torch.Tensor) * 0.5
+
+    x, w, target, embedding = example()
+    out = fused_linear_loss((x.detach() * 2).as_subclass(Quantized), w, target, EMO1, embedding)
+    expected = fused_linear_loss(x.detach(), w, target, EMO1, embedding)
+    assert torch.equal(out.loss, expected.loss)
 
 
 @pytest.mark.parametrize(
