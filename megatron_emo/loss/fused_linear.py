@@ -237,6 +237,7 @@ def _statistics_of_all(
         local[:, rows] = row_statistics(z, columns, *cost, call.layout, overwrite=kept is None)
         if kept is not None:
             kept.costs.append(cost)
+        del z, cost  # before the next chunk's are made
     return merge_statistics(gather_statistics(local, call.layout, call.shard), call.layout)
 
 
@@ -256,6 +257,7 @@ def _gradients_of_all(
         kept_rows = None if keep is None else keep[rows]
         grad_z = row_gradient(z, z, columns, token.rows(rows), *cost, kept_rows)
         gradients.add(grad_z, tokens, weight, rows, is_last=index == len(call.chunks) - 1)
+        del z, cost, grad_z  # before the next chunk's are made
 
 
 def _forward_with_gradients(
@@ -275,6 +277,7 @@ def _forward_with_gradients(
         grad_z = row_gradient(z, z, columns, token, *cost, kept_rows)
         gradients.add(grad_z, tokens, weight, rows)
         parts.append(stats)
+        del z, cost, grad_z  # before the next chunk's are made
     return TokenStatistics(*map(_concatenate, zip(*parts, strict=True)))
 
 
@@ -318,6 +321,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         hidden, weight, *stats, mle_weight, emo_weight = ctx.saved_tensors
         call, gradients = ctx.call, ctx.gradients
         scale = None if gradients is None else _uniform_scale(grad_loss, call.mask)
+        ctx.gradients = None  # handed over now; a second backward recomputes
         if scale is not None:
             return (*gradients.scaled(scale, hidden, weight), None, None)
         if ctx.path == "logits" and ctx.kept is None and call.chunks:

@@ -112,16 +112,16 @@ class LinearGradients:
     def scaled(
         self, scale: Tensor, hidden: Tensor, weight: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return `results` times a number; these gradients stay, and can be asked for again."""
+        """Return `results` times a number; overwrites these gradients."""
         grad_hidden, grad_weight = self._hidden, self._weight_sum()
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * scale).to(hidden.dtype)
+            grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
             self._reduction = _Reduction(grad_hidden, self._spread)
         if grad_weight is not None and self._main_grad is not None:
             self._main_grad.addcmul_(grad_weight, scale)
             grad_weight = placeholder_grad(weight)
         elif grad_weight is not None:
-            grad_weight = (grad_weight * scale).to(weight.dtype)
+            grad_weight = grad_weight.mul_(scale).to(weight.dtype)
         return self._hidden_result(grad_hidden, hidden), grad_weight
 
     def _weight_sum(self) -> Tensor | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_emo import build_objective, fused_linear_loss
-from megatron_emo.loss import fused_linear
+from megatron_emo.loss import fused_linear, kernels
 from megatron_emo.reference import reference_loss
 
 PATHS = ("logits", "recompute", "forward")
@@ -183,3 +183,25 @@ def test_a_workspace_below_one_row_is_named():
     x, w = torch.zeros(3, 2), torch.zeros(150_000, 2)
     with pytest.raises(ValueError, match="workspace_mb: expected at least 2 MiB.*got 1"):
         fused_linear_loss(x, w, torch.zeros(3).long(), EMO1, torch.ones(150_000, 1), workspace_mb=1)
+
+
+@pytest.mark.parametrize("path", ["recompute", "forward"])
+@pytest.mark.parametrize("chunks", [4, 16])
+def test_peak_beside_the_gradients_is_one_chunk(monkeypatch, path, chunks):
+    from megatron_emo.benchmark.memory import LiveStorage
+
+    tokens, vocab, hidden = 512, 4000, 8
+    rows = tokens // chunks
+    chunks_of(monkeypatch, rows, vocab=vocab, itemsize=4)
+    monkeypatch.setitem(kernels._BLOCK_BYTES, "cpu", 4 * vocab)
+    x, w, target, embedding = example(torch.float32, tokens, hidden, vocab)
+    embedding = torch.nn.functional.normalize(embedding, dim=1)
+    with LiveStorage() as live:
+        out = fused_linear_loss(
+            x, w, target, EMO1, embedding, path=path, cost_embedding_is_normalized=True
+        )
+        torch.autograd.grad(out.loss.sum(), (x, w))
+    # Logits of a chunk and at worst as many cost rows; a few numbers a token, and dX's chunk.
+    chunk = 2 * rows * vocab * 4
+    gradients = (tokens + vocab) * hidden * 4
+    assert live.peak_bytes <= chunk + gradients + tokens * (8 * 40 + hidden * 4 * 3) + 20 * vocab
