@@ -7,66 +7,22 @@ two runs of this benchmark do not compare.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_emo.benchmark.variants import (
-    DEFAULT_VARIANTS,
-    PLAIN,
-    VARIANTS,
-    MeanLoss,
-    Problem,
-    available_variants,
-    gradient_error,
-    make_problem,
-)
+from megatron_emo.benchmark.collectives import Traffic, count_collectives
+from megatron_emo.benchmark.config import DTYPES, BenchmarkConfig
+from megatron_emo.benchmark.memory import peak_bytes
+from megatron_emo.benchmark.problem import MeanLoss, Problem
+from megatron_emo.benchmark.roofline import Prediction, find_device, predict, useful_flop
+from megatron_emo.benchmark.variants import VARIANTS, compile_stance, gradient_error
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-GRADIENT_TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
-"""Bounds of `gradient_error`; in bf16 the logits have 8 bits, in whatever code."""
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    """What to measure; the sizes default to the output layer of GPT-2 small."""
-
-    num_tokens: int = 2048
-    vocab_size: int = 50257
-    hidden_size: int = 768
-    cost_dim: int = 768
-    dtype: str = "fp32"
-    """Of hidden states, weight and cost table."""
-    device: str = "cpu"
-    rounds: int = 5
-    warmup: int = 1
-    """Rounds that are run and not counted."""
-    variants: tuple[str, ...] = DEFAULT_VARIANTS
-    """Names in VARIANTS, or "all" for all that can run here."""
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        lowest = {"num_tokens": 1, "vocab_size": 1, "hidden_size": 1, "cost_dim": 1, "rounds": 1}
-        for name, least in {**lowest, "warmup": 0}.items():
-            if getattr(self, name) < least:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag}: expected at least {least}, got {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.variants == ("all",):
-            object.__setattr__(self, "variants", available_variants())
-        for name in self.variants:
-            if name not in VARIANTS:
-                raise ValueError(f"--variants: expected {', '.join(VARIANTS)}, got {name!r}")
-            if not VARIANTS[name].is_available():
-                raise ValueError(f"--variants: {name} is not installed; `make env` installs it")
+Report = Callable[[str], None]
+"""Takes lines of progress."""
 
 
 @dataclass(frozen=True)
@@ -92,58 +48,99 @@ class VariantResult:
     """By clock, per round: wall and cpu (of all threads) on a CPU, gpu on a GPU."""
     ratios: dict[str, dict[str, Ratio]]
     """By clock and by the variant compared with, where that one ran."""
+    tflops: float = 0.0
+    """6 N h V over the median of the first clock, in TFLOP/s, whatever was computed beside it."""
+    traffic: Traffic | None = None
+    """Over `tensor_parallel` ranks, for this package's own."""
+    model: Prediction | None = None
+    """The roofline's, for this package's own in bf16 on a known GPU."""
 
     def baselines(self) -> list[str]:
         return list(next(iter(self.ratios.values())))
 
+    @property
+    def clock(self) -> str:
+        """The clock that comes first: wall or gpu."""
+        return next(iter(self.seconds))
+
 
 def run_benchmark(
-    config: BenchmarkConfig, target: Tensor, report: Callable[[str], None] = lambda line: None
+    config: BenchmarkConfig, target: Tensor, report: Report = lambda line: None
 ) -> dict[str, VariantResult]:
     """Return one result per variant, by name, after checking each one's gradients.
 
     Raises:
         RuntimeError: a variant whose gradients are wrong is not worth timing.
     """
-    dtype = DTYPES[config.dtype]
-    errors = {}
-    for name in config.variants:
-        errors[name] = gradient_error(VARIANTS[name], dtype, config.device)
-        report(f"{name}: gradients within {errors[name]:.1e} of float64")
-        if not errors[name] <= GRADIENT_TOLERANCE[config.dtype]:
-            raise RuntimeError(
-                f"{name}: expected gradients within {GRADIENT_TOLERANCE[config.dtype]:.0e} of "
-                f"float64 in {config.dtype}, got {errors[name]:.1e}"
-            )
-    problem = make_problem(
-        target, config.vocab_size, config.hidden_size, config.cost_dim, config.seed
-    ).to(config.device, dtype)
-    losses = {name: VARIANTS[name].build(problem) for name in config.variants}
-    peaks = {name: peak_bytes(loss, problem) for name, loss in losses.items()}
-    seconds = time_rounds(losses, problem, config.rounds, config.warmup, report)
+    errors = check_gradients(config, report)
+    traffic = {}
+    if config.tensor_parallel > 1:
+        report(f"counting collectives over {config.tensor_parallel} ranks")
+        traffic = count_collectives(
+            config.variants,
+            target,
+            hidden_size=config.hidden_size,
+            cost_dim=config.cost_dim,
+            dtype=DTYPES[config.dtype],
+            tp_size=config.tensor_parallel,
+        )
+    problem = config.make_problem(target)
+    with compile_stance([VARIANTS[name] for name in config.variants], config.device):
+        losses = {name: VARIANTS[name].build(problem) for name in config.variants}
+        peaks = {}
+        for name, loss in losses.items():
+            peaks[name] = peak_bytes(loss, problem)
+            report(f"{name}: peak {peaks[name] / 1e6:.1f} MB beside the inputs")
+        seconds = time_rounds(losses, problem, config.rounds, config.warmup, report)
+    flop = useful_flop(config.num_tokens, config.vocab_size, config.hidden_size)
     return {
-        name: VariantResult(errors[name], peaks[name], seconds[name], _ratios(name, seconds))
+        name: VariantResult(
+            errors[name],
+            peaks[name],
+            seconds[name],
+            _ratios(name, seconds),
+            flop / median(next(iter(seconds[name].values()))) / 1e12,
+            traffic.get(name),
+            _model(config, name, len(target.unique())),
+        )
         for name in config.variants
     }
 
 
+def check_gradients(config: BenchmarkConfig, report: Report) -> dict[str, float]:
+    """Return every variant's `gradient_error`.
+
+    Raises:
+        RuntimeError: one beyond its tolerance.
+    """
+    dtype, errors = DTYPES[config.dtype], {}
+    for name in config.variants:
+        variant = VARIANTS[name]
+        errors[name] = gradient_error(variant, dtype, config.device)
+        report(f"{name}: gradients within {errors[name]:.1e} of float64")
+        tolerance = variant.tolerance(dtype, config.device)
+        if not errors[name] <= tolerance:
+            raise RuntimeError(
+                f"{name}: expected gradients within {tolerance:.0e} of "
+                f"float64 in {config.dtype}, got {errors[name]:.1e}"
+            )
+    return errors
+
+
 def time_rounds(
-    losses: dict[str, MeanLoss],
+    losses: Mapping[str, MeanLoss],
     problem: Problem,
     rounds: int,
     warmup: int,
-    report: Callable[[str], None],
+    report: Report,
 ) -> dict[str, dict[str, list[float]]]:
     """Return seconds[name][clock][round]; round r starts with the r-th variant."""
     measure = _time_on_gpu if problem.hidden.is_cuda else _time_on_cpu
-    names, seconds = list(losses), {name: {} for name in losses}
+    seconds = {name: {} for name in losses}
     for i in range(warmup + rounds):
-        first = i % len(names)
-        taken = {}
-        for name in names[first:] + names[:first]:
-            taken[name] = measure(losses[name], problem)
+        taken = {name: measure(losses[name], problem) for name in rotated(list(losses), i)}
         label = f"warm-up {i + 1}/{warmup}" if i < warmup else f"round {i + 1 - warmup}/{rounds}"
-        shown = (f"{name} {next(iter(taken[name].values())):.3f} s" for name in names)
+        shown = (f"{name} {next(iter(taken[name].values())):.3f} s" for name in losses)
         report(f"{label}: {', '.join(shown)}")
         for name, times in taken.items() if i >= warmup else ():
             for clock, value in times.items():
@@ -151,17 +148,43 @@ def time_rounds(
     return seconds
 
 
+def rotated(names: list[str], round_index: int) -> list[str]:
+    """Return the names in the order of a round: the next one starts each time."""
+    first = round_index % len(names)
+    return names[first:] + names[:first]
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> Ratio:
+    """Return how times compare with others, round by round."""
+    each = [a / b for a, b in zip(times, others, strict=True)]
+    return Ratio(median(each), min(each), min(times) / min(others))
+
+
 def _ratios(name: str, seconds: dict) -> dict[str, dict[str, Ratio]]:
-    baselines = (VARIANTS[name].baseline, PLAIN)
-    baselines = [base for base in baselines if base in seconds and base != name]
-    result = {}
-    for clock, times in seconds[name].items():
-        result[clock] = {}
-        for base in baselines:
-            others = seconds[base][clock]
-            each = [a / b for a, b in zip(times, others, strict=True)]
-            result[clock][base] = Ratio(median(each), min(each), min(times) / min(others))
-    return result
+    baselines = [x for x in VARIANTS[name].baselines if x in seconds and x != name]
+    return {
+        clock: {base: ratio(times, seconds[base][clock]) for base in baselines}
+        for clock, times in seconds[name].items()
+    }
+
+
+def _model(config: BenchmarkConfig, name: str, num_distinct: int) -> Prediction | None:
+    variant = VARIANTS[name]
+    if config.device == "cpu" or config.dtype != "bf16" or not variant.path:
+        return None
+    device = find_device(torch.cuda.get_device_name())
+    if device is None:
+        return None
+    return predict(
+        device,
+        variant.path,
+        num_tokens=config.num_tokens,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        cost_dim=config.cost_dim,
+        num_distinct=0 if variant.objective == "mle" else num_distinct,
+        table=variant.table,
+    )
 
 
 def _time_on_cpu(loss: MeanLoss, problem: Problem) -> dict[str, float]:
@@ -178,43 +201,3 @@ def _time_on_gpu(loss: MeanLoss, problem: Problem) -> dict[str, float]:
     end.record()
     torch.cuda.synchronize()
     return {"gpu": start.elapsed_time(end) / 1000}
-
-
-def peak_bytes(loss: MeanLoss, problem: Problem) -> int:
-    """Return the most bytes alive beside the inputs, dX and dW included, in one repetition."""
-    if problem.hidden.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        problem.gradients(loss())
-        return torch.cuda.max_memory_allocated() - before
-    with LiveStorage() as live:
-        problem.gradients(loss())
-    return live.peak_bytes
-
-
-class LiveStorage(TorchDispatchMode):
-    """Records the peak, in bytes, of the storages that operators inside returned and are alive.
-
-    Unlike the process's resident size it knows nothing of an allocator's habits. Tensors made
-    before are not counted, nor is what an operator allocates and frees inside itself.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes = WeakIdKeyDictionary()
-        self.peak_bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {s.data_ptr() for s in _storages((args, kwargs))}
-        result = function(*args, **kwargs)
-        # A view, and what is written in place, has the storage of an argument.
-        for storage in _storages(result):
-            if storage.data_ptr() not in given:
-                self._sizes[storage] = storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, sum(self._sizes.values()))
-        return result
-
-
-def _storages(tree) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in tree_iter(tree) if isinstance(x, Tensor)]

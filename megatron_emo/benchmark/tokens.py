@@ -12,6 +12,9 @@ from torch import Tensor
 
 ZIPF_SHIFT = 2.7
 
+IDS = ("real", "distinct")
+"""real: as a text has them; distinct: no id twice, the most an expected cost can cost."""
+
 
 class Target(NamedTuple):
     """Token ids of a batch."""
@@ -27,6 +30,7 @@ def load_target(
     vocab_size: int,
     seed: int,
     *,
+    ids: str = "real",
     tokens: str | None = None,
     text: str | None = None,
     tokenizer: str | None = None,
@@ -34,24 +38,24 @@ def load_target(
     """Return the first `num_tokens` ids of the given file, or ids drawn from a law.
 
     Args:
+        ids: one of `IDS`; with distinct ones no file is read.
         tokens: a .npy file, or the prefix of a .bin/.idx pair (needs megatron-core).
         text, tokenizer: a UTF-8 text and a tokenizer.json.
 
     Raises:
         FileNotFoundError, ValueError: naming the flag; too few ids, or one outside the vocabulary.
     """
-    if tokens and text:
-        raise ValueError("--tokens and --text: expected one of them, got both")
-    if (text is None) != (tokenizer is None):
-        raise ValueError("--text and --tokenizer: expected both or neither")
+    _check_source(ids, tokens, text, tokenizer)
+    if ids == "distinct":
+        return Target(distinct_token_ids(num_tokens, vocab_size, seed), "--ids distinct")
     if tokens:
         target = Target(_read_ids(tokens, num_tokens), f"--tokens {Path(tokens).name}")
     elif text:
-        ids = _tokenize(text, tokenizer, num_tokens)
-        target = Target(ids, f"--text {Path(text).name}, --tokenizer {Path(tokenizer).name}")
+        target_ids = _tokenize(text, tokenizer, num_tokens)
+        target = Target(target_ids, f"--text {Path(text).name}, --tokenizer {Path(tokenizer).name}")
     else:
-        ids = zipf_token_ids(num_tokens, vocab_size, seed)
-        target = Target(ids, f"drawn from a Zipf-Mandelbrot law, --seed {seed}")
+        target_ids = zipf_token_ids(num_tokens, vocab_size, seed)
+        target = Target(target_ids, f"drawn from a Zipf-Mandelbrot law, --seed {seed}")
     if len(target.ids) < num_tokens:
         raise ValueError(f"{target.source}: expected {num_tokens} ids, got {len(target.ids)}")
     outside = target.ids[(target.ids < 0) | (target.ids >= vocab_size)]
@@ -62,11 +66,37 @@ def load_target(
     return target
 
 
+def _check_source(ids: str, tokens: str | None, text: str | None, tokenizer: str | None) -> None:
+    if tokens and text:
+        raise ValueError("--tokens and --text: expected one of them, got both")
+    if (text is None) != (tokenizer is None):
+        raise ValueError("--text and --tokenizer: expected both or neither")
+    if ids not in IDS:
+        raise ValueError(f"--ids: expected one of {', '.join(IDS)}, got {ids!r}")
+    if ids == "distinct" and (tokens or text):
+        raise ValueError("--ids distinct: draws its own, expected no --tokens and no --text")
+
+
 def zipf_token_ids(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
     """Return ids [num_tokens] drawn with probability proportional to 1 / (rank + 2.7)."""
     generator = torch.Generator().manual_seed(seed)
     law = 1.0 / (torch.arange(1, vocab_size + 1, dtype=torch.float64) + ZIPF_SHIFT)
     return torch.multinomial(law, num_tokens, replacement=True, generator=generator)
+
+
+def distinct_token_ids(num_tokens: int, vocab_size: int, seed: int) -> Tensor:
+    """Return ids [num_tokens] drawn without replacement.
+
+    Raises:
+        ValueError: more tokens than the vocabulary has.
+    """
+    if num_tokens > vocab_size:
+        raise ValueError(
+            f"--ids distinct: expected --num-tokens of at most --vocab-size {vocab_size}, "
+            f"got {num_tokens}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(vocab_size, generator=generator)[:num_tokens]
 
 
 def _read_ids(path: str, num_tokens: int) -> Tensor:

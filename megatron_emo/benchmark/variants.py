@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_emo.benchmark import others
+from megatron_emo.benchmark.ours import own_rows
+from megatron_emo.benchmark.problem import MeanLoss, Problem, make_problem
 from megatron_emo.benchmark.tokens import zipf_token_ids
-from megatron_emo.cost_embedding import unit_rows
-from megatron_emo.loss.fused_linear import fused_linear_loss
-from megatron_emo.loss.vocab_parallel import vocab_parallel_loss
-from megatron_emo.objectives import build_objective
+from megatron_emo.cost_embedding.narrow import widen_rows
 from megatron_emo.reference import reference_loss
 
+GRADIENT_TOLERANCE = {"fp32": 2e-6, "bf16": 2e-2}
+"""Bounds of `gradient_error`; in bf16 the logits have 8 bits, in whatever code."""
 
-class Problem(NamedTuple):
-    """One output layer with its batch."""
-
-    hidden: Tensor
-    """[N, h]"""
-    weight: Tensor
-    """[V, h]"""
-    target: Tensor
-    """[N]"""
-    cost_embedding: Tensor
-    """[V, D], rows at unit length."""
-
-    def to(self, device: str, dtype: torch.dtype) -> Problem:
-        """Return a copy whose hidden states and weight are leaves that ask for gradient."""
-        hidden, weight, target, cost = (x.detach().to(device) for x in self)
-        leaves = (x.to(dtype).requires_grad_() for x in (hidden, weight))
-        return Problem(*leaves, target, cost.to(dtype))
-
-    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Return (dX, dW)."""
-        return torch.autograd.grad(loss, (self.hidden, self.weight))
-
-
-MeanLoss = Callable[[], Tensor]
+_DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -57,132 +33,154 @@ class Variant:
     objective: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The objective's, for the float64 check."""
-    baseline: str = "mle-logits"
-    """The variant of the same path without a cost; ratios are taken against it."""
+    baselines: tuple[str, ...] = ("torch-ce",)
+    """Variants that ratios are taken against, where they run too."""
     is_available: Callable[[], bool] = lambda: True
+    needs: str = ""
+    """What `is_available` asks for, and where it comes from."""
+    needs_gpu: bool = False
+    compiles: bool = False
+    """Whether parts of it go through torch.compile."""
+    path: str = ""
+    """logits, recompute or forward for this package's own; "" for others."""
+    is_fused: bool = False
+    """Whether `fused_linear_loss` takes the output layer in."""
+    table: str = ""
+    """fp8, or "" for a cost embedding in the run's dtype."""
+    tolerances: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """By (dtype, device), where GRADIENT_TOLERANCE does not hold; `note` says why."""
+    note: str = ""
+    """What a reader of its row must know."""
+
+    @property
+    def baseline(self) -> str:
+        """The first of `baselines`: for this package's own, the same path without a cost."""
+        return self.baselines[0]
+
+    def tolerance(self, dtype: torch.dtype, device: str) -> float:
+        """Return the bound of its `gradient_error`."""
+        name = _DTYPE_NAMES[dtype]
+        return self.tolerances.get((name, device), GRADIENT_TOLERANCE[name])
+
+    def runs_on(self, device: str) -> bool:
+        return self.is_available() and not (self.needs_gpu and device == "cpu")
 
 
-def make_problem(target: Tensor, vocab_size: int, hidden: int, cost_dim: int, seed: int) -> Problem:
-    """Return random fp32 tensors on the CPU: logits of standard deviation 2, a random table."""
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    weight = normal(vocab_size, hidden) * (2 / hidden**0.5)
-    return Problem(
-        normal(len(target), hidden), weight, target, unit_rows(normal(vocab_size, cost_dim))
-    )
+def compile_stance(variants: Iterable[Variant], device: str) -> AbstractContextManager:
+    """Let what variants compile run as written on a CPU, as Megatron's own CPU runs do.
+
+    torch's setting holds for the whole process while the context lasts; a GPU compiles.
+    """
+    if device == "cpu" and any(variant.compiles for variant in variants):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def gradient_error(variant: Variant, dtype: torch.dtype, device: str) -> float:
     """Return the largest error of dX and dW on a small problem, over their largest entry.
 
-    The truth is the reference in float64 on the same inputs, rounded to `dtype`.
+    The truth is the reference in float64 on the same inputs, rounded to `dtype`; costs are those
+    of the table's own values, so that fp8's rounding, which is chosen, is not taken for an error.
     """
     sizes = {"vocab_size": 311, "hidden": 24, "cost_dim": 20}
     target = zipf_token_ids(96, sizes["vocab_size"], seed=0)
     problem = make_problem(target, **sizes, seed=0).to(device, dtype)
-    grads = problem.gradients(variant.build(problem)())
-    exact = problem.to(device, torch.float64)
-    expected = exact.gradients(
-        reference_loss(
-            F.linear(exact.hidden, exact.weight),
-            exact.target,
-            variant.objective,
-            exact.cost_embedding,
-            **variant.settings,
-        ).loss.mean()
-    )
+    with compile_stance([variant], device):
+        grads = problem.gradients(variant.build(problem)())
+    exact = problem.to("cpu", torch.float64)
+    expected = exact.gradients(_exact_loss(variant, exact))
     return max(
-        ((a.double() - b).abs().max() / b.abs().max()).item()
+        ((a.cpu().double() - b).abs().max() / b.abs().max()).item()
         for a, b in zip(grads, expected, strict=True)
     )
 
 
-def _logits_path(objective_name: str, problem: Problem) -> MeanLoss:
-    objective = build_objective(objective_name)
-    hidden, weight, target, cost_embedding = problem
-
-    def loss() -> Tensor:
-        return vocab_parallel_loss(
-            F.linear(hidden, weight),
-            target,
-            objective,
-            cost_embedding if objective.uses_cost else None,
-            cost_embedding_is_normalized=True,
-        ).loss.mean()
-
-    return loss
+def _exact_loss(variant: Variant, problem: Problem) -> Tensor:
+    logits = F.linear(problem.hidden, problem.weight)
+    if variant.table == "fp8":
+        return _emo1_of_rows(logits, problem.target, problem.fp8_cost_embedding)
+    return reference_loss(
+        logits, problem.target, variant.objective, problem.cost_embedding, **variant.settings
+    ).loss.mean()
 
 
-def _fused_path(objective_name: str, path: str, problem: Problem) -> MeanLoss:
-    objective = build_objective(objective_name)
-    hidden, weight, target, cost_embedding = problem
-
-    def loss() -> Tensor:
-        return fused_linear_loss(
-            hidden,
-            weight,
-            target,
-            objective,
-            cost_embedding if objective.uses_cost else None,
-            path=path,
-            cost_embedding_is_normalized=True,
-        ).loss.mean()
-
-    return loss
+def _emo1_of_rows(logits: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """emo1 as reference.py writes it, but for rows whose length rounding has moved from 1."""
+    wide = widen_rows(rows, logits.dtype)
+    cost = (1.0 - wide[target] @ wide.T).clamp(min=0.0)
+    cost.scatter_(1, target[:, None], 0.0)
+    m = F.cross_entropy(logits, target, reduction="none")
+    d = (logits.softmax(dim=1) * cost).sum(dim=1)
+    return (0.5 * (m + (m / (d + 1e-10)).detach() * d)).mean()
 
 
-def _fused_variants() -> dict[str, Variant]:
-    return {
-        f"{objective}-fused-{path}": Variant(
-            partial(_fused_path, objective, path), objective, baseline=f"mle-fused-{path}"
-        )
-        for path in ("logits", "recompute", "forward")
-        for objective in ("mle", "emo1")
-    }
+_MEGATRON = {
+    "objective": "mle",
+    "is_available": lambda: others.is_importable("megatron.core"),
+    "needs": "megatron-core (`make env` installs it)",
+}
 
-
-def _torch_cross_entropy(problem: Problem) -> MeanLoss:
-    return lambda: F.cross_entropy(F.linear(problem.hidden, problem.weight), problem.target)
-
-
-def _released_path() -> Path:
-    """The wheel that `make env` puts beside the environment."""
-    return Path(sys.prefix) / "oracles" / "EMOLoss-0.0.3" / "emo" / "loss.py"
-
-
-def _released_emo_loss(problem: Problem) -> MeanLoss:
-    """EMOLoss 0.0.3; one more position makes up for its shift of logits against labels."""
-    spec = importlib.util.spec_from_file_location("emo_0_0_3", _released_path())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    labels = F.pad(problem.target, (1, 0))[None]
-
-    def loss() -> Tensor:
-        logits = F.linear(F.pad(problem.hidden, (0, 0, 0, 1)), problem.weight)
-        return module.EMOLoss(logits[None], labels, problem.cost_embedding)
-
-    return loss
-
+_OURS = {row.pop("name"): Variant(**row) for row in own_rows()}
 
 VARIANTS: dict[str, Variant] = {
-    "mle-logits": Variant(partial(_logits_path, "mle"), "mle"),
-    "emo1-logits": Variant(partial(_logits_path, "emo1"), "emo1"),
-    **_fused_variants(),
-    "torch-ce": Variant(_torch_cross_entropy, "mle"),
+    **_OURS,
+    "torch-ce": Variant(others.torch_cross_entropy, "mle"),
+    "torch-linear-ce": Variant(
+        others.torch_linear_cross_entropy,
+        "mle",
+        is_available=lambda: hasattr(torch.nn, "LinearCrossEntropyOptions"),
+        needs="a torch with F.linear_cross_entropy (2.13 has it)",
+    ),
+    "megatron-ce": Variant(others.megatron_cross_entropy, **_MEGATRON),
+    "megatron-fused-ce": Variant(
+        others.megatron_fused_cross_entropy,
+        **_MEGATRON,
+        compiles=True,
+        tolerances={("fp32", "cpu"): 1e-2, ("fp32", "cuda"): 1e-2},
+        note="rounds the logits' gradient to bf16 whatever their dtype, so fp32 is held to 1e-2; "
+        "compiled on a GPU, eager on a CPU",
+    ),
+    "liger-linear-ce": Variant(
+        others.liger_linear_cross_entropy,
+        "mle",
+        is_available=lambda: others.is_importable("liger_kernel"),
+        needs="liger-kernel from PyPI",
+        needs_gpu=True,
+    ),
     "emoloss-0.0.3": Variant(
-        _released_emo_loss,
+        others.released_emo_loss,
         "emo1",
         {"weight_max": 3.0},
-        is_available=lambda: _released_path().is_file(),
+        baselines=("torch-ce", *(name for name, row in _OURS.items() if row.objective == "emo1")),
+        is_available=lambda: others.released_path().is_file(),
+        needs="EMOLoss 0.0.3 (`make env` installs it)",
     ),
 }
-"""OBJECTIVE-PATH for this package's own: `logits` is F.linear and `vocab_parallel_loss`, `fused-*`
-are the paths of `fused_linear_loss`."""
+"""OBJECTIVE-PATH[-TABLE] for this package's own: `logits` is F.linear and `vocab_parallel_loss`,
+`fused-*` are the paths of `fused_linear_loss`; without a named table it is in the run's dtype."""
 
 DEFAULT_VARIANTS = ("mle-logits", "emo1-logits", "torch-ce")
 
-PLAIN = "torch-ce"
-"""What a user has without this package; ratios are taken against it too."""
+
+def available_variants(device: str = "cpu") -> tuple[str, ...]:
+    """Return the names of what can run on the device."""
+    return tuple(name for name, variant in VARIANTS.items() if variant.runs_on(device))
 
 
-def available_variants() -> tuple[str, ...]:
-    return tuple(name for name, variant in VARIANTS.items() if variant.is_available())
+def check_variants(names: tuple[str, ...], device: str) -> tuple[str, ...]:
+    """Return the names, with "all" alone replaced by all that can run.
+
+    Raises:
+        ValueError: an unknown name, or one that cannot run here.
+    """
+    if names == ("all",):
+        return available_variants(device)
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"--variants: expected {', '.join(VARIANTS)}, got {name!r}")
+        variant = VARIANTS[name]
+        if not variant.is_available():
+            raise ValueError(f"--variants: {name} is not installed; it needs {variant.needs}")
+        if not variant.runs_on(device):
+            raise ValueError(f"--variants: {name} needs --device cuda, got {device}")
+    return names

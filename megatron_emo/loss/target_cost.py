@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_emo.cost_embedding.narrow import FP8_ALIGNMENT, FP8_SCALE, select_rows, widen_rows
 from megatron_emo.loss.statistics import Shard, locate
 
-_WIDEN_BYTES = 256 << 20
-"""A narrow table is widened this much at a time."""
+_WIDEN_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""A narrow table is widened this much at a time, in fp32."""
 
 
 def gather_target_rows(
@@ -122,5 +122,6 @@ def _wide_product(rows: Tensor, table: Tensor, compute_dtype: torch.dtype) -> Te
 
 
 def _column_blocks(table: Tensor) -> Iterator[slice]:
-    block = max(1, _WIDEN_BYTES // (4 * table.shape[1]))
+    limit = _WIDEN_BYTES.get(table.device.type, _WIDEN_BYTES["cuda"])
+    block = max(1, limit // (4 * table.shape[1]))
     return (slice(start, start + block) for start in range(0, len(table), block))

@@ -268,7 +268,7 @@ def test_products_run_where_they_should_and_give_the_tables_own_values(
     products, monkeypatch, name, num_rows, capability, can_widen, product
 ):
     narrow = narrow_rows(table(rows=num_rows, dim=50), DTYPES[name])
-    monkeypatch.setattr(target_cost, "_WIDEN_BYTES", 4 * narrow.shape[1] * 60)
+    monkeypatch.setitem(target_cost._WIDEN_BYTES, "cpu", 4 * narrow.shape[1] * 60)
     index = torch.tensor([5, 7, 0, 199, 5])
     wide = widen_rows(narrow, torch.float64)
     exact = (1 - wide[index] @ wide.T).clamp(min=0)

@@ -1,4 +1,4 @@
-"""The plan that labels alone decide: order, distinct targets, buckets; and losses that follow it."""
+"""The plan that labels alone decide: order, distinct targets, buckets; losses that follow it."""
 
 from __future__ import annotations
 
