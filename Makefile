@@ -2,6 +2,7 @@
 # make quickstart from nothing to an EMO-pretrained checkpoint and its curves
 # make test       everything that needs no GPU and ends within minutes
 # make test-slow  what takes longer; run before a release
+# make gpu-check  what only a CUDA device can prove, into runs/gpu_check.json; bounds kept or exit 1
 # make check      what CI runs: lint, then test
 # make format     write what lint asks for
 SHELL := /bin/sh
@@ -11,7 +12,7 @@ STAMP := $(VENV)/installed
 # One thread per rank: the tests and the quickstart run two ranks on as few as two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env quickstart test test-slow check lint format clean
+.PHONY: env quickstart test test-slow gpu-check check lint format clean
 
 env: $(STAMP)
 
@@ -34,6 +35,9 @@ test: env
 
 test-slow: env
 	$(VPY) -m pytest -m "slow and not gpu"
+
+gpu-check: env
+	$(VPY) tools/gpu_check.py --json runs/gpu_check.json
 
 check: lint test
 
