@@ -14,6 +14,7 @@ from megatron_emo.training.arguments import (
     check_supported,
     emo_config_from_args,
 )
+from megatron_emo.training.transformer_engine import check_transformer_engine
 
 
 def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = None) -> None:
@@ -45,6 +46,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     check_supported(args)
+    check_transformer_engine(args)
     config = emo_config_from_args(args)
     preflight.check_before_start(args, config)
     megatron_training.print_rank_0(_summary(config))
