@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_emo.cost_embedding import CostEmbeddingInfo, verify_cost_embedding
-from megatron_emo.cost_embedding.sources import prepare_cost_embedding
+from megatron_emo.cost_embedding.map_tokenizer import Coverage
+from megatron_emo.cost_embedding.prepare import prepare_cost_embedding
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     task.add_argument("--from-hf", metavar="DIR", help="output head of a local model folder")
     task.add_argument("--from-checkpoint", metavar="DIR", help="of a torch_dist checkpoint")
     task.add_argument("--from-safetensors", metavar="FILE[:TENSOR]", help="a matrix in a file")
+    task.add_argument("--from-npy", metavar="FILE", help="a matrix in NumPy's format")
     task.add_argument("--verify", metavar="FILE", help="compare the rows with the stored sha256")
     task.add_argument("--info", metavar="FILE", help="print the header")
     parser.add_argument("--output", metavar="FILE", help="where to write the table")
@@ -41,6 +43,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, help="rows to keep, without vocabulary padding")
     parser.add_argument(
         "--cost-dim", metavar="K", type=int, help="keep K principal components of the unit rows"
+    )
+    parser.add_argument(
+        "--map-from-tokenizer",
+        metavar="PATH",
+        help="tokenizer of the source's rows, where it is not --tokenizer-model: rows go by the "
+        "tokens' strings, tokens without a counterpart cost 1",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="plain text to weigh by what --map-from-tokenizer covers"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --output")
     return parser
@@ -64,11 +75,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make(args: argparse.Namespace) -> None:
-    info, summary = prepare_cost_embedding(
+    info, summary, coverage = prepare_cost_embedding(
         args.output,
         from_hf=args.from_hf,
         from_checkpoint=args.from_checkpoint,
         from_safetensors=args.from_safetensors,
+        from_npy=args.from_npy,
         iteration=args.iteration,
         dtype=_DTYPES[args.dtype],
         normalize=not args.no_normalize,
@@ -76,12 +88,28 @@ def make(args: argparse.Namespace) -> None:
         tokenizer_model=args.tokenizer_model,
         vocab_size=args.vocab_size,
         cost_dim=args.cost_dim,
+        map_from_tokenizer=args.map_from_tokenizer,
+        text=args.text,
         overwrite=args.overwrite,
     )
     print_info(args.output, info)
+    if coverage is not None:
+        print_coverage(coverage)
     print(f"{'mean cosine':>22}  {summary.mean_cosine:.4f} over {summary.num_pairs} random pairs")
     for word, nearest in summary.neighbours.items():
         print(f"{word:>22}  " + "  ".join(f"{token} {cosine:.2f}" for token, cosine in nearest))
+
+
+def print_coverage(coverage: Coverage) -> None:
+    print(
+        f"{'tokens covered':>22}  {coverage.num_covered:,} of {coverage.num_tokens:,} "
+        f"({coverage.share:.1%})"
+    )
+    if coverage.text_share is not None:
+        print(
+            f"{'of the text':>22}  {coverage.num_text_covered:,} of "
+            f"{coverage.num_text_tokens:,} ({coverage.text_share:.1%})"
+        )
 
 
 def print_info(path: str, info: CostEmbeddingInfo) -> None:

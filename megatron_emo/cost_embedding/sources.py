@@ -1,4 +1,5 @@
-"""Where a cost embedding comes from: a Hugging Face folder, a Megatron checkpoint, a tensor file.
+"""Where a cost embedding comes from: a Hugging Face folder, a Megatron checkpoint, a tensor file
+of safetensors or NumPy.
 
 Each reader returns (table [rows, dim], vocab_size) and reads that one tensor only. Beside them, the
 figures that show what a table is like.
@@ -15,15 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_emo.cost_embedding import CostEmbeddingInfo, unit_rows, write_cost_embedding
-from megatron_emo.cost_embedding.reduce import reduce_rows
+from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.torch_dist import (
     read_arguments,
     read_tensor,
     resolve_checkpoint_dir,
     tensor_shapes,
 )
-from megatron_emo.vocabulary import fingerprint_tokenizer, load_tokenizer, tokens_by_id
 
 _MEGATRON_PREFIXES = ("", "model.", "module.", "model.module.")
 _MEGATRON_HEADS = ("output_layer.weight", "embedding.word_embeddings.weight")
@@ -110,6 +109,27 @@ def table_from_safetensors(file_and_name: str) -> tuple[Tensor, int]:
     return table, table.shape[0]
 
 
+def table_from_npy(file: str | Path) -> tuple[Tensor, int]:
+    """Return the matrix in a NumPy .npy file and its row count; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a whole .npy file, or no matrix of fp64, fp32 or fp16.
+    """
+    import numpy as np
+
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"--from-npy {file}: no such file")
+    try:
+        mapped = np.lib.format.open_memmap(file, mode="r")
+        # Byte order and strides torch does not know; a copy, since the map is read-only.
+        array = np.array(mapped, dtype=mapped.dtype.newbyteorder("="), order="C")
+        table = torch.from_numpy(array)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--from-npy {file}: expected a .npy file of numbers: {error}") from error
+    return _checked(table, f"--from-npy {file}"), len(table)
+
+
 def cut_vocabulary(table: Tensor, vocab_size: int) -> Tensor:
     """Return the first `vocab_size` rows.
 
@@ -165,82 +185,9 @@ def summarize_table(
     return TableSummary(num_pairs, mean_cosine, neighbours)
 
 
-def prepare_cost_embedding(
-    output: str | Path,
-    *,
-    from_hf: str | None = None,
-    from_checkpoint: str | None = None,
-    from_safetensors: str | None = None,
-    iteration: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    normalize: bool = True,
-    tokenizer_type: str | None = None,
-    tokenizer_model: str | None = None,
-    vocab_size: int | None = None,
-    cost_dim: int | None = None,
-    overwrite: bool = False,
-) -> tuple[CostEmbeddingInfo, TableSummary]:
-    """Write a cost embedding file from exactly one source and return what is in it.
-
-    The vocabulary is `vocab_size` rows; without it as many as the tokenizer has tokens, and without
-    a tokenizer what the source says. Of a Hugging Face folder the tokenizer is used, if it has one.
-    With `cost_dim` the rows are reduced to that many principal components (see `reduce`); a table
-    that has as many columns already is left as it is.
-
-    Raises:
-        FileExistsError: `output` is there and may not be overwritten; said before anything is read.
-        FileNotFoundError, ValueError: as the readers, `reduce_rows` and `write_cost_embedding`.
-    """
-    if cost_dim is not None and not normalize:
-        raise ValueError(
-            f"--cost-dim {cost_dim}: does not go with --no-normalize; reduced rows have unit length"
-        )
-    if Path(output).exists() and not overwrite:
-        raise FileExistsError(f"--output {output}: it exists; give --overwrite to replace it")
-    if tokenizer_model is None and from_hf is not None and _has_tokenizer(Path(from_hf)):
-        tokenizer_model = from_hf
-    tokenizer = None
-    if tokenizer_model is not None:
-        tokenizer = load_tokenizer(tokenizer_model, tokenizer_type)
-    tokens = tokens_by_id(tokenizer)
-    wanted = (len(tokens) or None) if vocab_size is None else vocab_size
-    if from_hf is not None:
-        table, found = table_from_hf(from_hf)
-        source = f"hf:{from_hf}"
-    elif from_checkpoint is not None:
-        table, found = table_from_torch_dist(from_checkpoint, iteration, vocab_size=wanted)
-        source = f"checkpoint:{resolve_checkpoint_dir(from_checkpoint, iteration)}"
-    elif from_safetensors is not None:
-        table, found = table_from_safetensors(from_safetensors)
-        source = f"safetensors:{from_safetensors}"
-    else:
-        raise ValueError("expected one of from_hf, from_checkpoint and from_safetensors")
-    table = cut_vocabulary(table, found if wanted is None else wanted)
-    reduction = {}
-    if cost_dim is not None and cost_dim != table.shape[1]:
-        reduction["source_dim"] = table.shape[1]
-        table, error = reduce_rows(unit_rows(table), cost_dim, flag="--cost-dim")
-        reduction |= {"cosine_error_rms": error.rms, "cosine_error_max": error.max}
-    info = write_cost_embedding(
-        output,
-        table,
-        source=source,
-        tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
-        normalize=normalize,
-        dtype=dtype,
-        **reduction,
-    )
-    return info, summarize_table(table, tokens)
-
-
 def _is_word(token: str | bytes | None) -> bool:
     word = token.lstrip("\u2581\u0120") if isinstance(token, str) else ""
     return len(word) > 2 and word.isalpha()
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return any((folder / name).is_file() for name in names)
 
 
 def _head_names(folder: Path) -> tuple[list[str], int]:

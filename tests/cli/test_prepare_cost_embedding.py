@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,6 +127,42 @@ def test_a_model_folder_with_its_tokenizer_gives_fingerprint_rows_and_neighbours
     info = CostEmbeddingInfo.from_file(output)
     assert info.vocab_size == 6 and len(info.tokenizer_fingerprint) == 64
     assert any(line.split()[:3] == ["cat", "dog", "1.00"] for line in lines)
+
+
+def test_a_table_is_mapped_between_tokenizers_and_its_coverage_shown(tmp_path, head, main, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+
+    def save(name: str, words: list[str], **settings) -> str:
+        ids = {word: index for index, word in enumerate(words)}
+        model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>"
+        ).save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    first = save("first", ["<unk>", "sea", "cat", "dog"])
+    second = save("second", ["cat", "ice", "<unk>", "sea", "fog"])
+    (tmp_path / "text").write_text("cat cat sea fog\ncat ice cat\n")
+    output = str(tmp_path / "table.safetensors")
+    source = ["--from-safetensors", f"{tmp_path}/head:lm_head.weight", "--output", output]
+    mapping = ["--map-from-tokenizer", first, "--tokenizer-model", second]
+    main([*source, *mapping, "--text", f"{tmp_path}/text"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.strip() == "tokens covered  3 of 5 (60.0%)" for line in lines)
+    assert any(line.strip() == "of the text  5 of 7 (71.4%)" for line in lines)
+    rows = unit_rows(head)
+    expected = torch.stack([rows[2], torch.zeros(6), rows[0], rows[1], torch.zeros(6)])
+    assert torch.equal(load_file(output)["cost_embedding"], expected)
+
+
+def test_a_numpy_matrix_is_a_source(tmp_path, head, main):
+    np.save(tmp_path / "head.npy", head.numpy())
+    output = str(tmp_path / "table.safetensors")
+    main(["--from-npy", f"{tmp_path}/head.npy", "--output", output])
+    assert torch.equal(load_file(output)["cost_embedding"], unit_rows(head))
 
 
 @pytest.mark.parametrize(

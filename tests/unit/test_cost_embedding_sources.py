@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import megatron_emo.cost_embedding.sources as sources
 from megatron_emo.cost_embedding import verify_cost_embedding
+from megatron_emo.cost_embedding.prepare import prepare_cost_embedding
 from megatron_emo.cost_embedding.sources import (
-    prepare_cost_embedding,
     summarize_table,
     table_from_hf,
+    table_from_npy,
     table_from_safetensors,
 )
 from megatron_emo.vocabulary import (
@@ -153,6 +155,37 @@ def test_a_matrix_in_a_file_is_found_by_name_or_when_it_is_the_only_tensor(tmp_p
         table_from_safetensors(f"{tmp_path}/three.safetensors:w")
 
 
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_numpy_matrix_is_read_whatever_its_layout(tmp_path, dtype, order):
+    table = np.asarray(np.random.default_rng(0).normal(size=(5, 3)), dtype=dtype, order=order)
+    np.save(tmp_path / "table.npy", table)
+    found, vocab_size = table_from_npy(tmp_path / "table.npy")
+    assert vocab_size == 5 and found.tolist() == table.tolist()
+    prepare_cost_embedding(tmp_path / "out", from_npy=str(tmp_path / "table.npy"))
+    info = verify_cost_embedding(tmp_path / "out")
+    assert info.source == f"npy:{tmp_path}/table.npy" and (info.vocab_size, info.dim) == (5, 3)
+
+
+def test_numpy_files_that_are_no_matrix_are_refused(tmp_path):
+    file = tmp_path / "table.npy"
+    with pytest.raises(FileNotFoundError, match="--from-npy .*table.npy: no such file"):
+        table_from_npy(file)
+    np.save(file, np.ones((40, 3)))
+    whole = file.read_bytes()
+    for content in (b"", b"not numpy's", whole[:-8]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="--from-npy .*expected a .npy file of numbers"):
+            table_from_npy(file)
+    np.save(file, np.array([{"code": 1}], dtype=object))
+    with pytest.raises(ValueError, match="--from-npy .*expected a .npy file of numbers"):
+        table_from_npy(file)
+    for array in (np.ones(4), np.ones((2, 3), dtype=np.int64)):
+        np.save(file, array)
+        with pytest.raises(ValueError, match="--from-npy .*expected a matrix of fp64"):
+            table_from_npy(file)
+
+
 # The whole way
 
 
@@ -174,7 +207,7 @@ def test_a_prepared_file_has_the_tokenizers_rows_and_fingerprint(tmp_path):
     tokens = [f"<{i}>" for i in range(30)]
     save_tokenizer(tmp_path / "tokenizer", tokens)
     output = tmp_path / "out" / "table.safetensors"
-    info, _ = prepare_cost_embedding(
+    info, *_ = prepare_cost_embedding(
         output, from_hf=tmp_path / "model", tokenizer_model=tmp_path / "tokenizer"
     )
     assert verify_cost_embedding(output) == info

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     },
     "data": set(),
     "training_curves": set(),
+    "hf": {"loss", "objectives", "cost_embedding", "config"},
     "training": {"loss", "objectives", "cost_embedding", "config", "torch_dist", "data"},
 }
 # Where `megatron` may be imported, and whether at the top of a file or inside functions alone.
