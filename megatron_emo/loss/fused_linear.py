@@ -110,7 +110,7 @@ def fused_linear_loss(
         target, objective, cost_embedding, loss_mask, tp_group: as in `vocab_parallel_loss`.
         path: logits, recompute, forward; auto takes logits where logits and cost rows fit
             workspace_mb, else recompute.
-        workspace_mb: bound on what a chunk takes, in MiB.
+        workspace_mb: bound on what a chunk takes, in MiB; on the path logits there are none.
         sequence_parallel: hidden is this rank's part [s/tp, ..., h] of the first dimension; target
             and loss_mask are whole.
         into_main_grad: add weight's gradient to weight.main_grad, as Megatron's gradient
@@ -144,23 +144,26 @@ def fused_linear_loss(
     if planned is None:
         planned = PlannedTargets(plan_targets(target, loss_mask), cost_embedding, shard)
     plan, compute_dtype = planned.plan, torch.promote_types(hidden.dtype, torch.float32)
-    call = _Call(
-        Spread(plan, shard, sequence_parallel),
-        _mask_of(plan, target, loss_mask, compute_dtype),
-        planned.rows(),
-        cost_embedding,
-        objective,
-        _chunks(plan, hidden, weight, cost_embedding is not None, workspace_mb),
-        compute_dtype,
-        Layout(cost_embedding is not None, return_entropy, return_argmax),
-        into_main_grad,
-    )
     if path == "auto":
         num_distinct = len(plan.distinct) if cost_embedding is not None else 0
         sizes = (len(plan.order), num_distinct, len(weight), hidden.element_size())
         path, _ = auto_path(*sizes, workspace_mb)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         path = "recompute"  # nothing is kept, and no backward will ask for it
+    chunks = [slice(0, len(plan.order))] if len(plan.order) else []
+    if path != "logits":  # which keeps all of them, so that one large product is best
+        chunks = _chunks(plan, hidden, weight, cost_embedding is not None, workspace_mb)
+    call = _Call(
+        Spread(plan, shard, sequence_parallel),
+        _mask_of(plan, target, loss_mask, compute_dtype),
+        planned.rows(),
+        cost_embedding,
+        objective,
+        chunks,
+        compute_dtype,
+        Layout(cost_embedding is not None, return_entropy, return_argmax),
+        into_main_grad,
+    )
     results = _FusedLinearLoss.apply(hidden, weight, call, path)
     return LossOutput(*(x if x is None else plan.restore(x).view(target.shape) for x in results))
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from megatron_emo.loss.statistics import Shard
 from megatron_emo.loss.target_plan import TargetPlan
 
+_WIDENED_ROWS = 256
+"""Of a product's inner dimension, widened at a time where that has to be."""
+
 
 class Spread(NamedTuple):
     """How tokens lie in hidden states."""
@@ -168,10 +171,15 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, *, overwrite: bool = False
         overwrite: whatever total holds does not count.
     """
     beta = 0 if overwrite else 1
-    if a.is_cuda and a.dtype != total.dtype and "dtype_out" in torch.ops.aten.addmm.overloads():
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+        for start in range(0, len(b), _WIDENED_ROWS):
+            rows = slice(start, start + _WIDENED_ROWS)
+            total.addmm_(a[:, rows].to(total.dtype), b[rows].to(total.dtype), beta=beta)
+            beta = 1
 
 
 def placeholder_grad(weight: Tensor) -> Tensor:
