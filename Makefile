@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	    $(VPY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	        --target $(VENV)/oracles/EMOLoss-$$version EMOLoss==$$version || exit 1; \
 	done
+	@# For conversion; beside the environment, since the wheel's requirements cannot be resolved.
+	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	    --upgrade --target $(VENV)/bridge megatron-bridge omegaconf einops
 	@touch $@
 
 quickstart: env

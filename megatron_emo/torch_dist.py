@@ -22,7 +22,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -80,6 +85,70 @@ def read_tensor(folder: str | Path, key: str) -> Tensor:
     tensor = torch.empty(item.size, dtype=item.properties.dtype)
     _load(reader, {key: tensor})
     return tensor
+
+
+class TensorReader:
+    """Reads parts of the tensors of one iteration's folder, without process group or collective.
+
+    It keeps the index, and holds one stored piece of a tensor at a time: of a run's checkpoint that
+    is a layer's, and of one saved at TP > 1 a rank's share of it.
+
+    Raises:
+        ValueError: an index that holds more than torch's own classes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._reader = _SafeReader(folder)
+        self._metadata = self._reader.read_metadata()
+        items = self._metadata.state_dict_metadata.items()
+        self._items = {key: v for key, v in items if isinstance(v, TensorStorageMetadata)}
+        self.shapes = {key: tuple(item.size) for key, item in self._items.items()}
+        self.dtypes = {key: item.properties.dtype for key, item in self._items.items()}
+
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Return tensor[index] in its stored dtype; `index` fixes leading dimensions.
+
+        Raises:
+            KeyError: no tensor of that name.
+            ValueError: pieces that are damaged, absent or do not cover it.
+        """
+        item, depth = self._items[key], len(index)
+        result = torch.empty(item.size[depth:], dtype=item.properties.dtype)
+        covered = 0
+        for chunk in item.chunks:
+            bounds = zip(index, chunk.offsets, chunk.sizes, strict=False)
+            if not all(start <= number < start + size for number, start, size in bounds):
+                continue
+            piece = self._read_piece(key, chunk.offsets, chunk.sizes)
+            piece = piece[tuple(n - o for n, o in zip(index, chunk.offsets, strict=False))]
+            spans = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
+            result[tuple(slice(start, start + size) for start, size in spans)] = piece
+            covered += piece.numel()
+        if covered != result.numel():
+            raise ValueError(
+                f"checkpoint {self._reader.path}: {key}{list(index) or ''}: expected "
+                f"{result.numel()} numbers in its pieces, found {covered}"
+            )
+        return result
+
+    def _read_piece(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
+        where = self._metadata.storage_data.get(MetadataIndex(key, offsets))
+        if where is None or where.transform_descriptors:
+            raise ValueError(
+                f"checkpoint {self._reader.path}: {key} at {tuple(offsets)}: "
+                + ("no such piece" if where is None else f"stored by {where.transform_descriptors}")
+            )
+        # Beside the index only, whatever it says.
+        file = Path(self._reader.path) / Path(where.relative_path).name
+        try:
+            with open(file, "rb") as stream:
+                data = self._reader._slice_file(stream, where)
+                piece = torch.load(cast(Any, data), map_location="cpu", weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file}: reading {key} at {tuple(offsets)}: {error}") from error
+        if piece.shape != sizes:
+            raise ValueError(f"{file}: {key}: expected {tuple(sizes)}, found {tuple(piece.shape)}")
+        return piece
 
 
 def read_arguments(folder: str | Path) -> argparse.Namespace | None:

@@ -115,27 +115,29 @@ class _MemoryStats(dict):
 def _stand_in_for_torch_cuda() -> None:
     stream = _Stream()
 
-    def nothing(*args, **kwargs):
-        return None
+    # Makers, not functions: the compiler lists torch.cuda's functions by identity, anew whenever
+    # something clears its cache, and stops at one object under two names with different rules.
+    def nothing():
+        return lambda *args, **kwargs: None
 
-    def zero(*args, **kwargs):
-        return 0
+    def zero():
+        return lambda *args, **kwargs: 0
 
     stand_ins = {
         # Model parallel groups and CUDA seeds are set up only where this is above zero.
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         # Given to `device=` all over Megatron; a device, not an index, so that it needs no mode.
         "current_device": lambda: _CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
         "device": lambda *args, **kwargs: contextlib.nullcontext(),
         "Stream": _Stream,
         "Event": _Event,
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),
         "current_stream": lambda *args, **kwargs: stream,
         "default_stream": lambda *args, **kwargs: stream,
-        "set_stream": nothing,
+        "set_stream": nothing(),
         "is_current_stream_capturing": lambda: False,
         # Compute capability 8.0 is the least that Megatron accepts everywhere.
         "get_device_properties": lambda *args: SimpleNamespace(
@@ -147,12 +149,12 @@ def _stand_in_for_torch_cuda() -> None:
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": torch.default_generator.manual_seed,
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_reserved": zero,
-        "device_memory_used": zero,
-        "reset_peak_memory_stats": nothing,
+        "memory_allocated": zero(),
+        "max_memory_allocated": zero(),
+        "memory_reserved": zero(),
+        "max_memory_reserved": zero(),
+        "device_memory_used": zero(),
+        "reset_peak_memory_stats": nothing(),
         "memory_stats": lambda *args, **kwargs: _MemoryStats(),
     }
     for name, stand_in in stand_ins.items():

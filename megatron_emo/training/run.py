@@ -14,6 +14,11 @@ from megatron_emo.training.arguments import (
     check_supported,
     emo_config_from_args,
 )
+from megatron_emo.training.model_arguments import (
+    add_model_arguments,
+    model_config_from_args,
+    with_checkpoint_arguments,
+)
 from megatron_emo.training.transformer_engine import check_transformer_engine
 
 
@@ -27,7 +32,8 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     Raises:
         ValueError: flags that do not fit together, or a table that does not fit the run.
     """
-    sys.argv[1:] = cpu.enable(list(sys.argv[1:] if argv is None else argv))
+    argv = with_checkpoint_arguments(list(sys.argv[1:] if argv is None else argv))
+    sys.argv[1:] = cpu.enable(argv)
     # Only now: these imports need CUDA or the stand-ins that `enable` put in its place.
     import megatron.training as megatron_training
     from megatron.core.enums import ModelType
@@ -42,7 +48,9 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
             program_start=program_start, main_entry=program_start
         )
     args = parse_and_validate_args(
-        extra_args_provider=lambda parser: compat.repair_help(add_emo_arguments(parser)),
+        extra_args_provider=lambda parser: compat.repair_help(
+            add_model_arguments(add_emo_arguments(parser))
+        ),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     check_supported(args)
@@ -54,7 +62,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     owns_process_group = not torch.distributed.is_initialized()
     # After our own parse: it parses again, with Megatron's flags alone, and would answer --help.
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(megatron_training.pretrain)
-    model_config = argument_utils.gpt_config_from_args(args)
+    model_config = model_config_from_args(args)
     pretrain(
         argument_utils.pretrain_cfg_container_from_args(args, model_config),
         steps.train_valid_test_datasets_provider,

@@ -38,11 +38,12 @@ MAY_IMPORT = {
     "data": set(),
     "training_curves": set(),
     "hf": {"loss", "objectives", "cost_embedding", "config"},
+    "conversion": {"torch_dist", "vocabulary", "training"},
     "training": {"loss", "objectives", "cost_embedding", "config", "torch_dist", "data"},
 }
 # Where `megatron` may be imported, and whether at the top of a file or inside functions alone.
 MEGATRON_AT_TOP = {"training"}
-MEGATRON_INSIDE = {"training", "data", "benchmark"}
+MEGATRON_INSIDE = {"training", "data", "benchmark", "conversion"}
 
 
 def python_files():

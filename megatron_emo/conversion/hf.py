@@ -1,0 +1,135 @@
+"""A Hugging Face model folder: its config, and its tensors one at a time. No code of it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_emo.conversion.errors import ConversionError
+from megatron_emo.conversion.safetensors_io import DTYPES, StoredTensor, read_header, read_tensor
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of the names of buffers that older transformers stored; .attn.bias is GPT-2's mask."""
+
+
+class HFFolder:
+    """Reads a folder with config.json and safetensors files.
+
+    Raises:
+        FileNotFoundError: no such folder, config.json or weights.
+        ConversionError: code in the folder, or a damaged or truncated file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"--hf {self.path}: expected a folder with config.json")
+        self._refuse_code()
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What is stored, under the names of a model with its head: a folder saved from the body
+        alone leaves out the body's prefix."""
+        found: dict[str, StoredTensor] = {}
+        for file in self._files():
+            found |= read_header(file)
+        self._compare_with_index(found)
+        found = {name: entry for name, entry in found.items() if not name.endswith(_IGNORED)}
+        prefix = {"gpt2": "transformer."}.get(self.config.model_type, "model.")
+        if any(name.startswith(prefix) for name in found):
+            return found
+        return {
+            name if name.startswith("lm_head.") else prefix + name: entry
+            for name, entry in found.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its stored dtype.
+
+        Raises:
+            ConversionError: a dtype that is not a plain float.
+        """
+        stored = self.tensors[name]
+        if stored.dtype not in DTYPES:
+            raise ConversionError(
+                f"{stored.file}: {name} has dtype {stored.dtype}, expected one of "
+                f"{', '.join(DTYPES)}: quantised weights are not converted"
+            )
+        return read_tensor(stored)
+
+    def _files(self) -> list[Path]:
+        index, single = self.path / INDEX, self.path / "model.safetensors"
+        if index.is_file():
+            names = sorted(set(self._weight_map().values()))
+            # Files beside the index only, whatever it says.
+            files = [self.path / Path(name).name for name in names]
+        elif single.is_file():
+            files = [single]
+        else:
+            pickles = sorted(entry.name for entry in self.path.glob("pytorch_model*.bin"))
+            hint = f"found {pickles}, which are pickles and not read" if pickles else "found none"
+            raise FileNotFoundError(
+                f"--hf {self.path}: expected model.safetensors or {INDEX}, {hint}"
+            )
+        absent = [file.name for file in files if not file.is_file()]
+        if absent:
+            raise FileNotFoundError(f"--hf {self.path}: {INDEX} names {absent}: no such files")
+        return files
+
+    def _weight_map(self) -> dict[str, str]:
+        return json.loads((self.path / INDEX).read_text())["weight_map"]
+
+    def _compare_with_index(self, found: dict[str, StoredTensor]) -> None:
+        if (self.path / INDEX).is_file():
+            absent = sorted(set(self._weight_map()) - set(found))
+            if absent:
+                raise ConversionError(
+                    f"--hf {self.path}: {INDEX} names {len(absent)} tensors that no file holds, "
+                    f"such as {absent[:3]}"
+                )
+
+    def _refuse_code(self) -> None:
+        scripts = sorted(entry.name for entry in self.path.glob("*.py"))
+        for name in ("config.json", "tokenizer_config.json"):
+            file = self.path / name
+            if file.is_file() and "auto_map" in json.loads(file.read_text()):
+                scripts.append(f"auto_map in {name}")
+        if scripts:
+            raise ConversionError(
+                f"--hf {self.path}: found {', '.join(scripts)}; a model with code of its own is "
+                "not converted, and its code is not run"
+            )
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files from folder to folder and return their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if names:
+        target.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
