@@ -70,6 +70,11 @@ class DistributedPool:
         )
         return "\n".join([f"--- output of rank {rank}", *tail, ""])
 
+    def num_threads(self) -> int:
+        """Return the most threads of a worker, 0 where the system does not say."""
+        folders = [Path(f"/proc/{worker.pid}/task") for worker in self._workers]
+        return max((len(list(x.iterdir())) for x in folders if x.is_dir()), default=0)
+
     def close(self) -> None:
         """End all workers, whatever they do."""
         for worker in self._workers:

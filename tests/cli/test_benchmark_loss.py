@@ -67,6 +67,7 @@ TINY = """
 """.split()
 
 
+@pytest.mark.slow
 def test_whole_training_steps(tmp_path, main, capsys):
     pytest.importorskip("megatron.core")
     output = tmp_path / "out.json"

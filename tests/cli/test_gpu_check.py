@@ -32,6 +32,7 @@ def test_summary_on_stdout_progress_on_stderr_figures_in_json(tmp_path, main, ca
     assert all(check["reason"] for check in stored["checks"] if check["status"] == "skipped")
 
 
+@pytest.mark.slow
 def test_a_real_run_trains(monkeypatch, main, capsys):
     flags = {"emo1": "--objective emo1 --emo-loss-path logits"}
     monkeypatch.setattr(training, "planned_runs", lambda settings, record: flags)

@@ -198,6 +198,7 @@ def test_without_transformer_engine_nothing_is_started(tmp_path):
     assert process.stdout == "" and not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_the_smoke_form_trains(tmp_path):
     process = run_script(SMOKE="1", RUN_DIR=str(tmp_path))
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]

@@ -14,6 +14,8 @@ from pretraining import DATA, MODEL, TRAINING, VOCAB_SIZE, pretrain, read_scalar
 from megatron_emo.cost_embedding import write_cost_embedding
 from megatron_emo.data.files import IndexedDatasetWriter
 
+_MAX_THREADS = 250
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _end_ranks_after_this_folder(_pools) -> Iterator[None]:
@@ -21,6 +23,15 @@ def _end_ranks_after_this_folder(_pools) -> Iterator[None]:
     yield
     for pool in _pools.values():
         pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _renew_ranks_with_many_threads(_pools) -> Iterator[None]:
+    """A run leaves some twenty threads; hundreds of them slow every later one."""
+    yield
+    for pool in _pools.values():
+        if pool.num_threads() > _MAX_THREADS:
+            pool.close()
 
 
 @pytest.fixture(scope="session")

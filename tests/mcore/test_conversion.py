@@ -57,15 +57,20 @@ def transformers_loss(model, sequences) -> float:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("llama", "tp1"),
         ("llama", "tp2"),
-        ("llama", "pp2"),
-        ("llama3-rope", "tp1"),
         ("gpt2", "tp1"),
-        ("gpt2", "tp2"),
         ("qwen3", "tp1"),
-        ("opt", "tp1"),
-        ("mixtral", "tp1"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", "tp1"),
+                ("llama", "pp2"),
+                ("llama3-rope", "tp1"),
+                ("gpt2", "tp2"),
+                ("opt", "tp1"),
+                ("mixtral", "tp1"),
+            )
+        ),
     ],
 )
 def test_first_loss_is_that_of_transformers(run_pretraining, one_epoch, tmp_path, name, layout):
@@ -97,7 +102,13 @@ def test_logits_are_those_of_transformers(run_distributed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), [("llama", "tp2"), ("gpt2", "tp2"), ("gpt2", "pp2"), ("mixtral", "tp1")]
+    ("name", "layout"),
+    [
+        ("gpt2", "tp2"),
+        pytest.param("llama", "tp2", marks=pytest.mark.slow),
+        pytest.param("gpt2", "pp2", marks=pytest.mark.slow),
+        pytest.param("mixtral", "tp1", marks=pytest.mark.slow),
+    ],
 )
 def test_saved_weights_come_back(run_pretraining, one_epoch, tmp_path, name, layout):
     """Imported, saved by Megatron after a step of length 0, exported: the same weights."""

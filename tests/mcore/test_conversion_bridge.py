@@ -106,7 +106,10 @@ def run_with_bridge() -> Iterator[Callable]:
     pool.close()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in ("llama", "gpt2") else pytest.mark.slow) for n in MODELS],
+)
 def test_weights_and_logits_survive(run_with_bridge, tmp_path, name):
     run_with_bridge(check_weights_and_logits, name=name, folder=str(tmp_path))
 

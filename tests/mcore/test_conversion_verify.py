@@ -55,6 +55,7 @@ def test_the_process_is_left_as_it_was(run_distributed):
     run_distributed(1)(check_process_state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_the_one_of_one(
     run_pretraining, run_distributed, from_checkpoint, initial_checkpoint, tmp_path
 ):
@@ -70,6 +71,7 @@ def test_a_checkpoint_of_two_ranks_is_the_one_of_one(
     )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_saved_model(
     run_pretraining, run_distributed, from_checkpoint, initial_checkpoint, tmp_path
 ):

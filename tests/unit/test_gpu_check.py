@@ -274,7 +274,7 @@ def fake_result(*seconds: float) -> VariantResult:
     )
 
 
-def test_times_are_held_to_the_issue_s_bounds(h200):
+def test_times_are_held_to_their_bounds(h200):
     results = {
         "mle-fused-forward": fake_result(0.040, 0.040),
         "emo1-fused-forward": fake_result(0.047, 0.047),
