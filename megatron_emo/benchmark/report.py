@@ -51,7 +51,7 @@ def describe_machine(device: str, load_before: list[float]) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "megatron_emo": megatron_emo.__version__,
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -206,8 +206,9 @@ def _machine(device: str) -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
-    """The checkout's commit, with + when files differ from it; unknown for an installed package."""
+def checkout_commit() -> str:
+    """Return the checkout's commit, with + when files differ from it; unknown for an installed
+    package."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
     try:
         found = subprocess.run(

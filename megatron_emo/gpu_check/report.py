@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import megatron_emo
+from megatron_emo.benchmark.report import checkout_commit
 from megatron_emo.gpu_check.environment import installed_version
 from megatron_emo.gpu_check.record import Figure, Settings
 from megatron_emo.gpu_check.run import CheckResult
@@ -28,7 +28,7 @@ def describe_run(settings: Settings) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": checkout_commit(),
         "machine": f"{machine}, {os.cpu_count()} CPU cores",
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
@@ -94,15 +94,3 @@ def _text(value: Any) -> str:
 def _cell(text: str) -> str:
     """Text as it may stand in a table."""
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _commit() -> str:
-    """The checkout's commit, with + when files differ from it; unknown without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
