@@ -30,16 +30,11 @@ _TEXT_BYTES = 1 << 16
 def run_import(args: argparse.Namespace) -> None:
     """`convert_checkpoint.py import`."""
     options = ImportOptions(
-        dtype=DTYPES[args.dtype],
         transformer_impl=args.transformer_impl,
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         max_position_embeddings=args.max_position_embeddings,
-        max_shard_size=args.max_shard_size,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        engine=args.engine,
-        verify=args.verify != "none",
+        **_output_options(args),
     )
     texts = _read_texts(args.text)
     check = _logits_check(args, lambda staged: (staged, Path(args.hf)), texts)
@@ -49,15 +44,7 @@ def run_import(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """`convert_checkpoint.py export`."""
-    options = ExportOptions(
-        dtype=DTYPES[args.dtype],
-        max_shard_size=args.max_shard_size,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        engine=args.engine,
-        verify=args.verify != "none",
-        **_checkpoint_options(args),
-    )
+    options = ExportOptions(**_output_options(args), **_checkpoint_options(args))
     texts = _read_texts(args.text)
     check = _logits_check(args, lambda staged: (Path(args.megatron), staged), texts)
     export_hf(args.megatron, args.output, options, check=check)
@@ -107,6 +94,17 @@ def _logits_check(
     if args.verify != "logits":
         return None
     return lambda staged: verify_logits(*pair(staged), texts, getattr(args, "iteration", None))
+
+
+def _output_options(args: argparse.Namespace) -> dict:
+    return {
+        "dtype": DTYPES[args.dtype],
+        "max_shard_size": args.max_shard_size,
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "engine": args.engine,
+        "verify": args.verify != "none",
+    }
 
 
 def _checkpoint_options(args: argparse.Namespace) -> dict:

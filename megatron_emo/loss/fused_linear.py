@@ -144,24 +144,17 @@ def fused_linear_loss(
     if planned is None:
         planned = PlannedTargets(plan_targets(target, loss_mask), cost_embedding, shard)
     plan, compute_dtype = planned.plan, torch.promote_types(hidden.dtype, torch.float32)
-    if path == "auto":
-        num_distinct = len(plan.distinct) if cost_embedding is not None else 0
-        sizes = (len(plan.order), num_distinct, len(weight), hidden.element_size())
-        path, _ = auto_path(*sizes, workspace_mb)
-    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-        path = "recompute"  # nothing is kept, and no backward will ask for it
-    chunks = [slice(0, len(plan.order))] if len(plan.order) else []
-    if path != "logits":  # which keeps all of them, so that one large product is best
-        chunks = _chunks(plan, hidden, weight, cost_embedding is not None, workspace_mb)
+    has_cost = cost_embedding is not None
+    path = _path_taken(path, plan, hidden, weight, has_cost, workspace_mb)
     call = _Call(
         Spread(plan, shard, sequence_parallel),
         _mask_of(plan, target, loss_mask, compute_dtype),
         planned.rows(),
         cost_embedding,
         objective,
-        chunks,
+        _chunks(path, plan, hidden, weight, has_cost, workspace_mb),
         compute_dtype,
-        Layout(cost_embedding is not None, return_entropy, return_argmax),
+        Layout(has_cost, return_entropy, return_argmax),
         into_main_grad,
     )
     results = _FusedLinearLoss.apply(hidden, weight, call, path)
@@ -180,9 +173,24 @@ def _mask_of(plan: TargetPlan, target: Tensor, loss_mask: Tensor | None, dtype) 
     return torch.where(plan.keep(), mask, 0) if plan.is_padded else mask
 
 
+def _path_taken(
+    path: str, plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
+) -> str:
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return "recompute"  # nothing is kept, and no backward will ask for it
+    if path != "auto":
+        return path
+    num_distinct = len(plan.distinct) if has_cost else 0
+    sizes = (len(plan.order), num_distinct, len(weight), hidden.element_size())
+    return auto_path(*sizes, workspace_mb)[0]
+
+
 def _chunks(
-    plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
+    path: str, plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
 ) -> list[slice]:
+    count = len(plan.order)
+    if path == "logits":  # all are kept, and one large product is best
+        return [slice(0, count)] if count else []
     # A row takes its logits, at worst a cost row of its own, and narrow logits a wide copy.
     itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
     row_bytes = len(weight) * itemsize * (2 if has_cost else 1)
@@ -192,7 +200,7 @@ def _chunks(
             f"token's row, got {workspace_mb}"
         )
     budget = min(workspace_mb << 20, _CHUNK_BYTES.get(hidden.device.type, 512 << 20))
-    rows, count = max(1, budget // row_bytes), len(plan.order)
+    rows = max(1, budget // row_bytes)
     return [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
 
 

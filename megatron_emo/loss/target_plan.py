@@ -81,7 +81,7 @@ def plan_targets(
     """Return the plan for targets [N] and their mask (None counts all), its tensors on `device`.
 
     On the host it waits for nothing, and copies to a GPU asynchronously; from targets on a GPU it
-    waits for the device twice.
+    waits for the device, twice or with a mask three times.
     """
     target = target.reshape(-1)
     order = torch.argsort(target, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_emo.conversion.architectures.common import layer_norm_rules, unexpected_values
 from megatron_emo.conversion.errors import UnsupportedModelError
 from megatron_emo.conversion.mapping import (
     CONV1D,
@@ -33,11 +34,7 @@ def settings_of_config(config: Any, where: str) -> ModelSettings:
         "add_cross_attention": False,
         "embd_pdrop": config.resid_pdrop,
     }
-    problems = [
-        f"{name} {getattr(config, name)} (expected {value})"
-        for name, value in expected.items()
-        if getattr(config, name) != value
-    ]
+    problems = unexpected_values(config, expected)
     if config.activation_function not in _ACTIVATIONS:
         problems.append(f"activation_function {config.activation_function!r}")
     if problems:
@@ -101,21 +98,16 @@ def rules(settings: ModelSettings) -> list[Rule]:
         Rule(EMBEDDING, ("transformer.wte.weight",), ("vocab", "hidden"), SAME),
         Rule(POSITIONS, ("transformer.wpe.weight",), ("positions", "hidden"), SAME),
     ]
-    table += _norm(LAYERS + "self_attention.linear_qkv.layer_norm_", layer + "ln_1.")
+    table += layer_norm_rules(LAYERS + "self_attention.linear_qkv.layer_norm_", layer + "ln_1.")
     table += _linear("self_attention.linear_qkv", layer + "attn.c_attn", "qkv hidden", CONV1D_QKV)
     table += _linear("self_attention.linear_proj", layer + "attn.c_proj", "hidden attention")
-    table += _norm(LAYERS + "mlp.linear_fc1.layer_norm_", layer + "ln_2.")
+    table += layer_norm_rules(LAYERS + "mlp.linear_fc1.layer_norm_", layer + "ln_2.")
     table += _linear("mlp.linear_fc1", layer + "mlp.c_fc", "ffn hidden")
     table += _linear("mlp.linear_fc2", layer + "mlp.c_proj", "hidden ffn")
-    table += _norm("decoder.final_layernorm.", "transformer.ln_f.")
+    table += layer_norm_rules("decoder.final_layernorm.", "transformer.ln_f.")
     if not settings.tied:
         table.append(Rule(OUTPUT, ("lm_head.weight",), ("vocab", "hidden"), SAME))
     return table
-
-
-def _norm(megatron: str, hf: str) -> list[Rule]:
-    names = ("weight", "bias")
-    return [Rule(megatron + name, (hf + name,), ("hidden",), SAME) for name in names]
 
 
 def _linear(megatron: str, hf: str, shape: str, transform: Transform = CONV1D) -> list[Rule]:

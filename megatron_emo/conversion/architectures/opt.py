@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_emo.conversion.architectures.common import layer_norm_rules, unexpected_values
 from megatron_emo.conversion.errors import UnsupportedModelError
 from megatron_emo.conversion.mapping import (
     EMBEDDING,
@@ -35,11 +36,7 @@ def settings_of_config(config: Any, where: str) -> ModelSettings:
         "layer_norm_elementwise_affine": True,
         "word_embed_proj_dim": config.hidden_size,
     }
-    problems = [
-        f"{name} {getattr(config, name)} (expected {value})"
-        for name, value in expected.items()
-        if getattr(config, name) != value
-    ]
+    problems = unexpected_values(config, expected)
     if config.activation_function not in _ACTIVATIONS:
         problems.append(f"activation_function {config.activation_function!r}")
     if problems:
@@ -112,25 +109,20 @@ def rules(settings: ModelSettings) -> list[Rule]:
             leading_rows=POSITION_OFFSET,
         ),
     ]
-    table += _norm(
+    table += layer_norm_rules(
         LAYERS + "self_attention.linear_qkv.layer_norm_", layer + "self_attn_layer_norm."
     )
     table += _linear("self_attention.linear_qkv", qkv, "qkv hidden")
     table += _linear(
         "self_attention.linear_proj", (layer + "self_attn.out_proj",), "hidden attention"
     )
-    table += _norm(LAYERS + "mlp.linear_fc1.layer_norm_", layer + "final_layer_norm.")
+    table += layer_norm_rules(LAYERS + "mlp.linear_fc1.layer_norm_", layer + "final_layer_norm.")
     table += _linear("mlp.linear_fc1", (layer + "fc1",), "ffn hidden")
     table += _linear("mlp.linear_fc2", (layer + "fc2",), "hidden ffn")
-    table += _norm("decoder.final_layernorm.", body + "final_layer_norm.")
+    table += layer_norm_rules("decoder.final_layernorm.", body + "final_layer_norm.")
     if not settings.tied:
         table.append(Rule(OUTPUT, ("lm_head.weight",), ("vocab", "hidden"), SAME))
     return table
-
-
-def _norm(megatron: str, hf: str) -> list[Rule]:
-    names = ("weight", "bias")
-    return [Rule(megatron + name, (hf + name,), ("hidden",), SAME) for name in names]
 
 
 def _linear(megatron: str, hf: tuple[str, ...], shape: str) -> list[Rule]:
