@@ -61,6 +61,15 @@ def check_vocab_parallel_loss() -> None:
     compare("emo1", torch.float16, 3.0, 5e-4)
 
 
+def check_argmax_is_the_first_of_the_likeliest() -> None:
+    logits, target, embedding, _ = example(torch.float32)
+    logits = logits.round().clamp(max=2.0)  # the maximum stands in several blocks
+    out = vocab_parallel_loss(
+        logits, target, build_objective("emo1"), embedding, return_argmax=True
+    )
+    assert out.argmax.tolist() == [row.index(max(row)) for row in logits.tolist()]
+
+
 def check_paths() -> None:
     generator = torch.Generator().manual_seed(6)
     hidden, weight = (
@@ -119,6 +128,7 @@ def main() -> None:
         kernels._runs_triton = lambda z: z.dtype != torch.float64
     for check in (
         check_vocab_parallel_loss,
+        check_argmax_is_the_first_of_the_likeliest,
         check_paths,
         check_infinities,
         check_inputs_stay_and_bits_repeat,

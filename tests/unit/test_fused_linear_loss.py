@@ -105,6 +105,21 @@ def test_second_backward_is_refused_where_the_logits_are_gone():
         assert torch.equal(first, torch.autograd.grad(loss, w)[0])
 
 
+@pytest.mark.parametrize("path", ["recompute", "forward"])
+def test_second_backward_is_the_first_whatever_the_scale(path):
+    x, w, target, embedding = example()
+    loss = fused_linear_loss(x, w, target, EMO1, embedding, path=path).loss.sum() * 0.37
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(loss, (x, w))
+    upstream = torch.full(target.shape, 0.37, dtype=torch.float64)
+    _, *expected = expected_of(x, w, target, "emo1", embedding, upstream)
+    for grads in (first, second):
+        for grad, exact in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, exact, rtol=0, atol=1e-12)
+    assert all(torch.equal(grad, copy) for grad, copy in zip(first, kept, strict=True))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_all_masked_is_zero(path):
     x, w, target, embedding = example()
