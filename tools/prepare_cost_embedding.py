@@ -1,6 +1,11 @@
 """Make, check or describe a cost embedding file for --emo-cost-embedding.
 
 python tools/prepare_cost_embedding.py --from-hf gpt2-large/ --output cost_embedding.safetensors
+
+The rows come from the output head of a Hugging Face model (in one file or in shards, tied to the
+embedding or not), from that of a Megatron checkpoint, or from a matrix in a safetensors or .npy
+file. The file's header keeps the source, its revision, whether its head is tied, the tokenizer's
+fingerprint, the size of the vocabulary, the dtype, and the sha256 of the rows.
 """
 
 from __future__ import annotations
@@ -23,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--from-hf", metavar="DIR", help="output head of a local model folder")
-    task.add_argument("--from-checkpoint", metavar="DIR", help="of a torch_dist checkpoint")
+    task.add_argument("--from-hf", metavar="DIR", help="head of a local model folder or snapshot")
+    task.add_argument("--from-checkpoint", metavar="DIR", help="head of a torch_dist checkpoint")
     task.add_argument("--from-safetensors", metavar="FILE[:TENSOR]", help="a matrix in a file")
     task.add_argument("--from-npy", metavar="FILE", help="a matrix in NumPy's format")
     task.add_argument("--verify", metavar="FILE", help="compare the rows with the stored sha256")
@@ -116,7 +121,7 @@ def print_info(path: str, info: CostEmbeddingInfo) -> None:
     print(f"{path}: {Path(path).stat().st_size:,} bytes")
     for name, value in asdict(info).items():
         shown = f"{value:.3g}" if isinstance(value, float) else value
-        shown = "unknown" if value == "" else shown
+        shown = "unknown" if value in ("", None) else shown
         print(f"{name.replace('_', ' '):>22}  {shown}")
 
 

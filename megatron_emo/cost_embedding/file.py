@@ -57,6 +57,11 @@ class CostEmbeddingInfo:
     root mean square."""
     cosine_error_max: float = 0.0
     """The same, largest."""
+    revision: str = ""
+    """Which state of the source: the commit of a Hugging Face snapshot, or "iteration 1000" of a
+    checkpoint; empty when unknown, as in files that were written before there was this field."""
+    tied: bool | None = None
+    """Whether the rows are the source model's input embedding, too; None when unknown."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source_dim", self.source_dim or self.dim)
@@ -93,11 +98,13 @@ def write_cost_embedding(
     source_dim: int = 0,
     cosine_error_rms: float = 0.0,
     cosine_error_max: float = 0.0,
+    revision: str = "",
+    tied: bool | None = None,
 ) -> CostEmbeddingInfo:
     """Write `table` [vocab_size, dim] as a cost embedding file and return its description.
 
     The file appears whole or not at all: it is written beside `path`, synced, then renamed over it.
-    The last three arguments describe a table that was reduced: see `CostEmbeddingInfo`.
+    The arguments from `source_dim` on describe where the table comes from: see `CostEmbeddingInfo`.
 
     Raises:
         ValueError: an empty or non-finite table, or values that `dtype` cannot hold.
@@ -120,8 +127,10 @@ def write_cost_embedding(
         source_dim=source_dim,
         cosine_error_rms=cosine_error_rms,
         cosine_error_max=cosine_error_max,
+        revision=revision,
+        tied=tied,
     )
-    metadata = {name: str(value) for name, value in asdict(info).items()}
+    metadata = {name: "" if value is None else str(value) for name, value in asdict(info).items()}
     metadata |= {"format": FILE_FORMAT, "format_version": FORMAT_VERSION}
     with _atomic_target(Path(path)) as temporary:
         save_file({TENSOR_NAME: rows}, temporary, metadata=metadata)
@@ -155,7 +164,8 @@ def _info_from_metadata(
 ) -> CostEmbeddingInfo:
     values: dict[str, Any] = {}
     for field in fields(CostEmbeddingInfo):
-        text = metadata.get(field.name, None if field.default is MISSING else str(field.default))
+        default = "" if field.default is None else str(field.default)
+        text = metadata.get(field.name, None if field.default is MISSING else default)
         _expect(path, field.name, "missing" if text is None else "present", "present")
         values[field.name] = text
     for name in ("vocab_size", "dim", "num_zero_rows", "source_dim"):
@@ -167,9 +177,10 @@ def _info_from_metadata(
             values[name] = float(values[name])
         except ValueError:
             _expect(path, name, values[name], "a number")
-    if values["normalized"] not in ("True", "False"):
-        _expect(path, "normalized", values["normalized"], "True or False")
-    values["normalized"] = values["normalized"] == "True"
+    for name, unknown in (("normalized", ()), ("tied", ("",))):
+        if values[name] not in ("True", "False", *unknown):
+            _expect(path, name, values[name], "True or False")
+        values[name] = None if values[name] == "" else values[name] == "True"
     return CostEmbeddingInfo(**values)
 
 

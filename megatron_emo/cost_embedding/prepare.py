@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +12,16 @@ from torch import Tensor
 
 from megatron_emo.cost_embedding import CostEmbeddingInfo, unit_rows, write_cost_embedding
 from megatron_emo.cost_embedding.map_tokenizer import Coverage, map_table
+from megatron_emo.cost_embedding.provenance import (
+    Provenance,
+    provenance_of_hf,
+    provenance_of_torch_dist,
+)
 from megatron_emo.cost_embedding.reduce import reduce_rows
 from megatron_emo.cost_embedding.sources import (
     TableSummary,
     cut_vocabulary,
+    resolve_hf_dir,
     summarize_table,
     table_from_hf,
     table_from_npy,
@@ -73,8 +80,9 @@ def prepare_cost_embedding(
     _check_mapping(map_from_tokenizer, tokenizer_model, text)
     if Path(output).exists() and not overwrite:
         raise FileExistsError(f"--output {output}: it exists; give --overwrite to replace it")
-    if tokenizer_model is None and from_hf is not None and _has_tokenizer(Path(from_hf)):
-        tokenizer_model = from_hf
+    if tokenizer_model is None and from_hf is not None:
+        folder = resolve_hf_dir(from_hf)
+        tokenizer_model = str(folder) if _has_tokenizer(folder) else None
     tokenizer = None
     if tokenizer_model is not None:
         tokenizer = load_tokenizer(tokenizer_model, tokenizer_type)
@@ -101,6 +109,7 @@ def prepare_cost_embedding(
         tokenizer_fingerprint=fingerprint_tokenizer(tokenizer),
         normalize=normalize,
         dtype=dtype,
+        **asdict(_provenance(*origin, iteration)),
         **reduction,
     )
     return Prepared(info, summarize_table(table, tokens), coverage)
@@ -123,6 +132,15 @@ def _read(
         return table, found, f"checkpoint:{resolve_checkpoint_dir(where, iteration)}"
     readers = {"hf": table_from_hf, "safetensors": table_from_safetensors, "npy": table_from_npy}
     return *readers[kind](where), f"{kind}:{where}"
+
+
+def _provenance(kind: str, where: str, iteration: int | None) -> Provenance:
+    """Of a file, as little as it says."""
+    if kind == "hf":
+        return provenance_of_hf(where)
+    if kind == "checkpoint":
+        return provenance_of_torch_dist(where, iteration)
+    return Provenance()
 
 
 def _read_and_map(

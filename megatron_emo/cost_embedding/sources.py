@@ -40,16 +40,29 @@ def table_from_hf(model_dir: str | Path) -> tuple[Tensor, int]:
         FileNotFoundError: no folder or config.json, or weights in .bin files only.
         ValueError: not a causal language model, no head among the tensors, a quantised head.
     """
-    folder = Path(model_dir)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"--from-hf {folder}: expected a folder with config.json")
+    folder = resolve_hf_dir(model_dir)
     files = _tensor_files(folder)
-    names, vocab_size = _head_names(folder)
+    names, vocab_size, _ = head_names(folder)
     name = next((name for name in names if name in files), None)
     if name is None:
         raise ValueError(f"--from-hf {folder}: expected one of {names}, found {sorted(files)}")
     table = _read_safetensor(files[name], name)
     return cut_vocabulary(table, vocab_size), vocab_size
+
+
+def resolve_hf_dir(model_dir: str | Path) -> Path:
+    """Return a model's folder; of a repository in the hub's cache, the snapshot that is its main.
+
+    Raises:
+        FileNotFoundError: no config.json there.
+    """
+    folder = Path(model_dir)
+    main = folder / "refs" / "main"
+    if main.is_file():
+        folder = folder / "snapshots" / Path(main.read_text().strip()).name
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--from-hf {folder}: expected a folder with config.json")
+    return folder
 
 
 def table_from_torch_dist(
@@ -67,19 +80,13 @@ def table_from_torch_dist(
             vocabulary size that is unknown or larger than the head.
     """
     folder = resolve_checkpoint_dir(checkpoint_dir, iteration)
-    shapes = tensor_shapes(folder)
-    candidates = [prefix + head for head in _MEGATRON_HEADS for prefix in _MEGATRON_PREFIXES]
-    key = next((name for name in candidates if name in shapes), None)
-    if key is None:
-        raise ValueError(
-            f"checkpoint {folder}: expected one of {candidates}, found {len(shapes)} "
-            f"tensors such as {sorted(shapes)[:5]}"
-        )
+    key = megatron_head(folder)
     if vocab_size is None:
         vocab_size = getattr(read_arguments(folder), "vocab_size", None)
     if vocab_size is None:
+        rows = tensor_shapes(folder)[key][0]
         raise ValueError(
-            f"checkpoint {folder}: {key} has {shapes[key][0]} rows with padding, and the true "
+            f"checkpoint {folder}: {key} has {rows} rows with padding, and the true "
             "vocabulary size is not stored; give --vocab-size or --tokenizer-model"
         )
     table = _checked(read_tensor(folder, key), f"{folder}: {key}")
@@ -190,8 +197,30 @@ def _is_word(token: str | bytes | None) -> bool:
     return len(word) > 2 and word.isalpha()
 
 
-def _head_names(folder: Path) -> tuple[list[str], int]:
-    """The names under which the output head may be stored, likeliest first, and vocab_size."""
+def megatron_head(folder: Path) -> str:
+    """Return the key of the output head in one iteration's folder; a tied one is the embedding's.
+
+    Raises:
+        ValueError: no head there.
+    """
+    shapes = tensor_shapes(folder)
+    candidates = [prefix + head for head in _MEGATRON_HEADS for prefix in _MEGATRON_PREFIXES]
+    key = next((name for name in candidates if name in shapes), None)
+    if key is None:
+        raise ValueError(
+            f"checkpoint {folder}: expected one of {candidates}, found {len(shapes)} "
+            f"tensors such as {sorted(shapes)[:5]}"
+        )
+    return key
+
+
+def head_names(folder: Path) -> tuple[list[str], int, bool]:
+    """Return the names under which the output head may be stored, likeliest first, vocab_size, and
+    whether the head is the input embedding.
+
+    Raises:
+        ValueError: a model without a head.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -205,7 +234,8 @@ def _head_names(folder: Path) -> tuple[list[str], int]:
     names = [name for name, parameter in parameters if parameter is head.weight]
     # A folder saved from the model without its head omits the prefix of the body.
     bare = [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
-    return list(dict.fromkeys(names + bare)), config.get_text_config().vocab_size
+    is_tied = model.get_input_embeddings().weight is head.weight
+    return list(dict.fromkeys(names + bare)), config.get_text_config().vocab_size, is_tied
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -184,7 +184,36 @@ def test_mistakes_end_in_one_line(tmp_path, head, main, argv, message):
     assert not (tmp_path / "o").exists()
 
 
-def test_help_is_shown(main, capsys):
+def test_help_names_every_source(main, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "--from-hf" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for flag in ("hf DIR", "checkpoint DIR", "safetensors FILE[:TENSOR]", "npy FILE"):
+        assert f"--from-{flag}" in said
+    for word in ("in shards", "tied", "Megatron checkpoint", ".npy", "revision", "sha256"):
+        assert word in said
+
+
+def test_the_header_is_shown_with_revision_and_tying(tmp_path, main, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 40, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)
+    commit = "89abcdef" * 5
+    folder = tmp_path / "models--a--b" / "snapshots" / commit
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(folder, max_shard_size="1KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    output = str(tmp_path / "table.safetensors")
+    main(["--from-hf", str(folder), "--output", output])
+    np.save(tmp_path / "head.npy", model.lm_head.weight.detach().numpy())
+    main(["--from-npy", f"{tmp_path}/head.npy", "--output", f"{output}.2"])
+    assert torch.equal(
+        load_file(output)["cost_embedding"], load_file(f"{output}.2")["cost_embedding"]
+    )
+    shown = []
+    for file in (output, f"{output}.2"):
+        capsys.readouterr()
+        main(["--info", file])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        shown.append([line[1:] for line in lines if line[0] in ("revision", "tied")])
+    assert shown == [[[commit], ["True"]], [["unknown"], ["unknown"]]]

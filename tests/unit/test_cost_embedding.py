@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import megatron_emo.cost_embedding.file as file_module
@@ -80,6 +81,23 @@ def test_written_rows_are_plain_safetensors_and_the_info_describes_them(table, p
     assert verify_cost_embedding(path) == info
 
 
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_the_revision_and_whether_the_head_is_tied_are_in_the_header(table, path, tied):
+    write(path, table, revision="iteration 7", tied=tied)
+    info = CostEmbeddingInfo.from_file(path)
+    assert (info.revision, info.tied) == ("iteration 7", tied)
+    with safe_open(path, "np") as file:
+        header = file.metadata()
+    assert header["revision"] == "iteration 7"
+    assert header["tied"] == {True: "True", False: "False", None: ""}[tied]
+
+
+def test_a_file_from_before_these_fields_is_read(table, path):
+    info = write(path, table, revision="iteration 7", tied=True)
+    rewrite_header(path, revision=None, tied=None)
+    assert verify_cost_embedding(path) == dataclasses.replace(info, revision="", tied=None)
+
+
 def test_sha256_runs_over_blocks_as_over_the_whole(table, path, monkeypatch):
     monkeypatch.setattr(rows_module, "BLOCK_ELEMENTS", 4 * DIM)
     info = write(path, table.t().contiguous().t(), dtype=torch.bfloat16)
@@ -142,6 +160,7 @@ def test_verify_finds_one_flipped_bit(table, path):
         ({"sha256": None}, "sha256: expected present, found missing"),
         ({"vocab_size": "many"}, "vocab_size: expected a whole number, found many"),
         ({"normalized": "1"}, "normalized: expected True or False, found 1"),
+        ({"tied": "yes"}, "tied: expected True or False, found yes"),
         ({"vocab_size": "20"}, r"shape: expected \[20, 6\], found \[21, 6\]"),
         ({"dtype": "float16"}, "dtype: expected float16, found float32"),
     ],

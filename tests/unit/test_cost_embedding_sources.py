@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import DefaultSavePlanner
 
 import megatron_emo.cost_embedding.sources as sources
-from megatron_emo.cost_embedding import verify_cost_embedding
+from megatron_emo.cost_embedding import unit_rows, verify_cost_embedding
 from megatron_emo.cost_embedding.prepare import prepare_cost_embedding
+from megatron_emo.cost_embedding.provenance import Provenance, provenance_of_hf
 from megatron_emo.cost_embedding.sources import (
     summarize_table,
     table_from_hf,
@@ -134,6 +139,83 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path, where):
     with pytest.raises(FileNotFoundError, match="--from-hf .*config.json"):
         table_from_hf(tmp_path / where)
+
+
+# What is known of a source
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_tied"), [("gpt2", True), ("llama", False), ("tied llama", True)]
+)
+def test_whether_the_head_is_tied_is_told(tmp_path, kind, is_tied):
+    tiny_model(kind).save_pretrained(tmp_path / "model", max_shard_size="2KB")
+    assert provenance_of_hf(tmp_path / "model") == Provenance("", is_tied)
+    info, *_ = prepare_cost_embedding(tmp_path / "out", from_hf=str(tmp_path / "model"))
+    assert (info.revision, info.tied) == ("", is_tied)
+
+
+def test_a_snapshot_of_the_hubs_cache_has_its_commit(tmp_path, monkeypatch):
+    repository = tmp_path / "models--some--model"
+    snapshot = repository / "snapshots" / COMMIT
+    model = tiny_model("llama")
+    model.save_pretrained(snapshot)
+    assert provenance_of_hf(snapshot).revision == COMMIT
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    info, *_ = prepare_cost_embedding(tmp_path / "out", from_hf=str(repository))
+    assert (info.revision, info.vocab_size) == (COMMIT, VOCAB_SIZE)
+    assert torch.equal(table_from_hf(repository)[0], model.lm_head.weight)
+    monkeypatch.chdir(snapshot)
+    assert provenance_of_hf(".").revision == COMMIT
+
+
+@pytest.mark.parametrize("text", [f"{COMMIT}\nan etag\n1700000000.0\n", "damaged", ""])
+def test_a_download_into_a_folder_has_its_commit_beside_it(tmp_path, text):
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    (tmp_path / ".cache/huggingface/download/config.json.metadata").write_text(text)
+    assert provenance_of_hf(tmp_path).revision == (COMMIT if COMMIT in text else "")
+
+
+def test_a_commit_in_the_config_is_taken(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_commit_hash": COMMIT}))
+    assert provenance_of_hf(tmp_path).revision == COMMIT
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("folder", ["iter_0000120", "release", "renamed"])
+def test_a_checkpoint_has_its_iteration(tmp_path, folder, is_tied):
+    table = torch.randn(64, DIM)
+    tensors = {"embedding.word_embeddings.weight": table}
+    if not is_tied:
+        tensors["output_layer.weight"] = -table
+    arguments = argparse.Namespace(vocab_size=VOCAB_SIZE, iteration=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state = tensors | {"common_state/shard_0_1": [{"args": arguments}]}
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        dcp.save(state, checkpoint_id=tmp_path / folder, planner=planner, no_dist=True)
+    output = tmp_path / "out"
+    info, *_ = prepare_cost_embedding(output, from_checkpoint=str(tmp_path / folder))
+    revisions = {"iter_0000120": "iteration 120", "release": "release", "renamed": "iteration 7"}
+    assert (info.revision, info.tied) == (revisions[folder], is_tied)
+    expected = unit_rows((table if is_tied else -table)[:VOCAB_SIZE])
+    assert torch.equal(load_file(output)["cost_embedding"], expected)
+
+
+def test_a_matrix_in_a_file_has_no_revision(tmp_path):
+    np.save(tmp_path / "table.npy", np.ones((4, 2)))
+    save_file({"w": torch.ones(4, 2)}, tmp_path / "table")
+    for source in (
+        {"from_npy": f"{tmp_path}/table.npy"},
+        {"from_safetensors": f"{tmp_path}/table"},
+    ):
+        info, *_ = prepare_cost_embedding(tmp_path / "out", **source, overwrite=True)
+        assert (info.revision, info.tied) == ("", None)
 
 
 # Tensors in files
