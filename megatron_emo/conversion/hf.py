@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ TOKENIZER_FILES = (
 )
 _IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of buffers that older transformers stored; .attn.bias is GPT-2's mask."""
+_SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+"""What transformers would load, unlike the copies in other layouts that folders of the hub have."""
 
 
 class HFFolder:
@@ -34,7 +37,8 @@ class HFFolder:
 
     Raises:
         FileNotFoundError: no such folder, config.json or weights.
-        ConversionError: code in the folder, or a damaged or truncated file.
+        ConversionError: code in the folder, which is not run; a damaged or truncated file; shards
+            that the index does not list, or that hold other tensors than it says.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +60,14 @@ class HFFolder:
         alone leaves out the body's prefix."""
         found: dict[str, StoredTensor] = {}
         for file in self._files():
-            found |= read_header(file)
+            header = read_header(file)
+            twice = sorted(set(found) & set(header))
+            if twice:
+                raise ConversionError(
+                    f"--hf {self.path}: {len(twice)} tensors lie in two files, such as {twice[0]} "
+                    f"in {found[twice[0]].file.name} and in {file.name}; expected each in one"
+                )
+            found |= header
         self._compare_with_index(found)
         found = {name: entry for name, entry in found.items() if not name.endswith(_IGNORED)}
         prefix = {"gpt2": "transformer."}.get(self.config.model_type, "model.")
@@ -98,19 +109,41 @@ class HFFolder:
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise FileNotFoundError(f"--hf {self.path}: {INDEX} names {absent}: no such files")
+        self._refuse_unlisted(files)
         return files
+
+    def _refuse_unlisted(self, files: list[Path]) -> None:
+        listed = {file.name for file in files}
+        shards = {entry.name for entry in self.path.iterdir() if _SHARD.fullmatch(entry.name)}
+        unlisted = sorted(shards - listed)
+        if unlisted:
+            state = "does not list them" if (self.path / INDEX).is_file() else "is absent"
+            raise ConversionError(
+                f"--hf {self.path}: found {', '.join(unlisted)} beside "
+                f"{', '.join(sorted(listed))}; expected {INDEX} to list every shard, it {state}"
+            )
 
     def _weight_map(self) -> dict[str, str]:
         return json.loads((self.path / INDEX).read_text())["weight_map"]
 
     def _compare_with_index(self, found: dict[str, StoredTensor]) -> None:
-        if (self.path / INDEX).is_file():
-            absent = sorted(set(self._weight_map()) - set(found))
-            if absent:
-                raise ConversionError(
-                    f"--hf {self.path}: {INDEX} names {len(absent)} tensors that no file holds, "
-                    f"such as {absent[:3]}"
-                )
+        if not (self.path / INDEX).is_file():
+            return
+        listed = {name: Path(file).name for name, file in self._weight_map().items()}
+        absent = sorted(set(listed) - set(found))
+        if absent:
+            raise ConversionError(
+                f"--hf {self.path}: {INDEX} names {len(absent)} tensors that no file holds, "
+                f"such as {absent[:3]}"
+            )
+        places = {name: entry.file.name for name, entry in found.items()}
+        elsewhere = sorted(name for name, file in places.items() if listed.get(name) != file)
+        if elsewhere:
+            name = elsewhere[0]
+            raise ConversionError(
+                f"--hf {self.path}: {len(elsewhere)} tensors are in other files than {INDEX} "
+                f"says, such as {name}: expected {listed.get(name, 'none')}, found {places[name]}"
+            )
 
     def _refuse_code(self) -> None:
         scripts = sorted(entry.name for entry in self.path.glob("*.py"))

@@ -56,7 +56,8 @@ class ImportOptions:
     dtype: torch.dtype | None = None
     """To store tensors in; None leaves each as it is."""
     transformer_impl: str = "local"
-    """Whose key names a mixture of experts gets; other models have the same ones in both."""
+    """Whose key names a mixture of experts gets; other models have the same ones in both. The
+    engine bridge writes those of local alone, and refuses another."""
     make_vocab_size_divisible_by: int = 128
     tensor_model_parallel_size: int = 1
     """The vocabulary is padded to a multiple of the product of the two."""
@@ -102,7 +103,7 @@ def import_hf(
 
     args = _arguments(staging, folder, settings, options)
     if options.engine == "bridge":
-        engine.import_through_bridge(folder.path, staging.folder, args, settings)
+        engine.import_through_bridge(folder, staging.folder, args, settings, items)
     else:
         pieces = _write_tensors(staging, folder, items, settings, options, say)
         pieces += _write_objects(staging, args, settings)
@@ -141,6 +142,11 @@ def _settings(folder: HFFolder, options: ImportOptions) -> ModelSettings:
     if options.transformer_impl not in TRANSFORMER_IMPLS:
         raise ConversionError(
             f"--transformer-impl {options.transformer_impl}: expected one of {TRANSFORMER_IMPLS}"
+        )
+    if options.engine == "bridge" and options.transformer_impl != "local":
+        raise ConversionError(
+            f"--transformer-impl {options.transformer_impl}: expected local with --engine bridge, "
+            "which fills a model of Megatron's local layers; --engine plain writes the other keys"
         )
     return settings
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_pool import DistributedPool
+from hf_models import save_model
 from safetensors.torch import load_file, save_file
 
 from megatron_emo.conversion import bridge
@@ -85,6 +86,9 @@ MODELS: dict[str, tuple[str, dict, dict]] = {
     "opt": ("OPTForCausalLM", {}, {**SIZES, "relu": True}),
 }
 
+# Of hf_models.CONFIGS, one of each that Bridge knows or is taught here.
+ARCHITECTURES = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3", "mixtral")
+
 # What is done to a folder, and what the error says.
 ERRORS = {
     "missing key": r"no tensors \['model.layers.1.mlp.up_proj.weight'\]",
@@ -112,6 +116,11 @@ def run_with_bridge() -> Iterator[Callable]:
 )
 def test_weights_and_logits_survive(run_with_bridge, tmp_path, name):
     run_with_bridge(check_weights_and_logits, name=name, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_routes_store_and_export_the_same(run_with_bridge, tmp_path, name):
+    run_with_bridge(check_routes, name=name, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("change", ERRORS)
@@ -187,6 +196,35 @@ def check_weights_and_logits(name: str, folder: str) -> None:
     assert (found - expected).abs().max() <= 1e-5
     if inv_freq is not None:
         torch.testing.assert_close(inv_freq, model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+def check_routes(name: str, folder: str) -> None:
+    """Plain against Bridge: the stored tensors, and the folders that either exports of either."""
+    from megatron_emo.conversion.export_hf import ExportOptions, export_hf
+    from megatron_emo.conversion.import_hf import ImportOptions, import_hf
+    from megatron_emo.torch_dist import TensorReader
+
+    root = Path(folder)
+    save_model(name, root / "hf")
+    stored, exported = {}, {}
+    for engine in ("plain", "bridge"):
+        import_hf(root / "hf", root / engine, ImportOptions(engine=engine), say=len)
+        reader = TensorReader(root / engine / "release")
+        stored[engine] = {key: reader.read(key) for key in reader.shapes}
+    same_tensors(stored["plain"], stored["bridge"])
+    for checkpoint in ("plain", "bridge"):
+        for engine in ("plain", "bridge"):
+            output = root / f"{checkpoint}_by_{engine}"
+            export_hf(root / checkpoint, output, ExportOptions(engine=engine), say=len)
+            exported[checkpoint, engine] = load_file(output / "model.safetensors")
+    for tensors in exported.values():
+        same_tensors(load_file(root / "hf" / "model.safetensors"), tensors)
+
+
+def same_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
 
 
 def check_variants(folder: str) -> None:

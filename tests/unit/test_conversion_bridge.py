@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_models import save_model
 
 from megatron_emo.conversion import bridge
+from megatron_emo.conversion.errors import ConversionError
+from megatron_emo.conversion.import_hf import ImportOptions, import_hf
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +33,16 @@ def test_a_missing_engine_is_an_error_with_the_command(monkeypatch, tmp_path):
     ):
         with pytest.raises(ImportError, match="pip install --no-deps megatron-bridge==0.6.2"):
             call()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_other_layers_than_it_fills_are_refused(tmp_path, name):
+    save_model(name, tmp_path / "hf")
+    options = ImportOptions(engine="bridge", transformer_impl="transformer_engine")
+    message = "--transformer-impl transformer_engine: expected local with --engine bridge"
+    with pytest.raises(ConversionError, match=message):
+        import_hf(tmp_path / "hf", tmp_path / "mg", options, say=len)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
 def test_wheels_beside_the_environment_are_found_and_not_imported(tmp_path):

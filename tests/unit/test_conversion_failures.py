@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_emo.conversion.errors import ConversionError
 from megatron_emo.conversion.export_hf import ExportOptions, export_hf
+from megatron_emo.conversion.hf import INDEX
 from megatron_emo.conversion.import_hf import ImportOptions, import_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,15 +92,94 @@ def test_index_that_names_a_missing_file(hf):
     refuse_import(hf, r"names \['model-00001-of-00002\.safetensors'\]: no such files")
 
 
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder of several shards with their index."""
+    save_model("llama", tmp_path / "one").save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    assert (tmp_path / "hf" / INDEX).is_file()
+    return tmp_path / "hf"
+
+
+def shards_of(folder) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_shard_that_the_index_does_not_list(sharded):
+    extra = sharded / "model-00099-of-00099.safetensors"
+    save_file({"model.adapter": torch.ones(2)}, extra)
+    refuse_import(
+        sharded, r"found model-00099-of-00099\.safetensors beside .*it does not list them"
+    )
+
+
+def test_shards_beside_a_whole_file_without_index(hf):
+    save_file({"model.norm.weight": torch.ones(64)}, hf / "model-00001-of-00002.safetensors")
+    refuse_import(hf, r"found model-00001-of-00002\.safetensors beside model\.safetensors.*absent")
+
+
+def test_copies_in_another_layout_are_passed_over(hf, tmp_path):
+    """As consolidated.safetensors in folders of the hub."""
+    save_file({"layers.0.weight": torch.ones(2)}, hf / "consolidated.safetensors")
+    assert import_hf(hf, tmp_path / "mg", say=quiet).differing == ()
+
+
+def test_tensor_in_two_shards(sharded):
+    first, second = shards_of(sharded)[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    where = f"such as {name} in {first.name} and in {second.name}"
+    refuse_import(sharded, "1 tensors lie in two files, " + re.escape(where))
+
+
+def test_tensor_in_another_shard_than_the_index_says(sharded):
+    first, second = shards_of(sharded)[:2]
+    moved = load_file(first)
+    name = next(iter(moved))
+    save_file(load_file(second) | {name: moved.pop(name)}, second)
+    save_file(moved, first)
+    where = f"such as {name}: expected {first.name}, found {second.name}"
+    refuse_import(sharded, "1 tensors are in other files than .*" + re.escape(where))
+
+
 def test_tied_weights_that_differ(hf):
     change_config(hf, tie_word_embeddings=True)
     refuse_import(hf, r"lm_head\.weight differs from model\.embed_tokens\.weight")
 
 
-def test_folder_with_code(hf):
-    (hf / "modeling_own.py").write_text("raise SystemExit('this must not run')\n")
-    change_config(hf, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-    refuse_import(hf, r"found modeling_own\.py, auto_map in config\.json; a model with code")
+def test_more_layers_in_the_folder_than_in_its_config(hf):
+    def add_a_layer(weights):
+        for name in [name for name in weights if ".layers.1." in name]:
+            weights[name.replace(".1.", ".2.")] = weights[name].clone()
+
+    change_weights(hf, add_a_layer)
+    refuse_import(hf, r"9 tensors have no place in the model: model\.layers\.2\.")
+
+
+@pytest.mark.parametrize("has_script", [True, False], ids=["script", "auto_map-alone"])
+@pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_folder_is_refused_and_never_runs(hf, tmp_path, config, has_script):
+    script, mark = hf / "own.py", tmp_path / "it_ran"
+    script.write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    file = hf / config
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    auto_map = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    file.write_text(json.dumps(known | {"auto_map": auto_map}))
+    if not has_script:
+        script.rename(tmp_path / "own.py")
+    found = f"{'own.py, ' * has_script}auto_map in {config}"
+    refuse_import(hf, rf"found {re.escape(found)}; a model with code")
+    assert not mark.exists()
+    runpy.run_path(str(script if has_script else tmp_path / "own.py"))
+    assert mark.exists()
+
+
+def test_code_of_a_reference_folder_never_runs(hf, megatron, tmp_path):
+    mark = tmp_path / "it_ran"
+    (hf / "own.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+    change_config(hf, auto_map={"AutoConfig": "own.Own"})
+    with pytest.raises(ConversionError, match=r"found own\.py, auto_map in config\.json"):
+        export_hf(megatron, tmp_path / "out", ExportOptions(reference=str(hf)), say=quiet)
+    assert not mark.exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
