@@ -85,7 +85,12 @@ def add_megatron_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_output_arguments(parser: argparse.ArgumentParser, other_name: str) -> None:
     parser.add_argument("--output", other_name, dest="output", metavar="DIR", required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: as they are stored")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: as they are stored; float32 exports the optimizer's master weights if saved",
+    )
     parser.add_argument("--max-shard-size", metavar="SIZE", default=DEFAULT_SHARD_SIZE)
     parser.add_argument("--resume", action="store_true", help="go on where it was cut off")
     parser.add_argument("--overwrite", action="store_true", help="replace --output")

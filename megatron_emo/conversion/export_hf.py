@@ -130,8 +130,12 @@ def export_hf(
     options, output = options or ExportOptions(), Path(output)
     checkpoint = open_checkpoint(megatron_dir, options)
     settings, items = checkpoint.settings, checkpoint.items
-    weights = MegatronWeights(checkpoint.folder, items, settings)
-    _check_tokenizer(checkpoint)
+    # Bridge copies what Megatron loads.
+    has_masters = options.engine != "bridge"
+    weights = MegatronWeights(
+        checkpoint.folder, items, settings, options.dtype, masters=has_masters
+    )
+    check_tokenizer(checkpoint)
     kept_out = ("resume", "overwrite", "verify")
     recipe = {"task": "export", "settings": asdict(settings), "source": _identity(checkpoint)}
     recipe |= {n: str(v) for n, v in asdict(options).items() if n not in kept_out}
@@ -139,16 +143,14 @@ def export_hf(
     say(f"{checkpoint.folder} -> {output}: {settings.model_type}, {settings.num_layers} layers")
 
     dtypes = {item: options.dtype or weights.dtype(item) for item in items}
-    tensors = _plain_tensors(weights, dtypes)
+    tensors = plain_tensors(weights, dtypes)
     if options.engine == "bridge":
         tensors = engine.tensors_through_bridge(checkpoint, dtypes)
     _write_shards(staging, settings, items, tensors, dtypes, options, say)
-    tokenizer_names = write_tokenizer(checkpoint.tokenizer, staging.folder, checkpoint.args)
-    if tokenizer_names and not checkpoint.has_ids:
-        set_special_ids(checkpoint.config, staging.folder)
-    checkpoint.config.dtype = dtypes[items[0]]
-    checkpoint.config.save_pretrained(staging.folder)
-    write_generation_config(checkpoint, staging.folder)
+    origin = weights.origin()
+    if origin:
+        say(origin)
+    tokenizer_names = write_small_files(checkpoint, staging.folder, dtypes[items[0]])
     result = None
     if options.verify:
         result = compare_weights(weights, HFFolder(staging.folder), items)
@@ -156,11 +158,48 @@ def export_hf(
         if result.differing:
             raise ConversionError(f"{staging.folder}: not published: {result}")
     checked = [] if result is None else [str(result)]
-    checked += [] if check is None else [check(staging.folder)]
-    card = model_card(output.name, checkpoint, dtypes[items[0]], tokenizer_names, checked)
+    if weights.is_quantised_run and has_masters:
+        checked.append("logits not compared, since the run's own come from quantised weights")
+    elif check is not None:
+        checked.append(check(staging.folder))
+    card = model_card(output.name, checkpoint, dtypes[items[0]], tokenizer_names, checked, origin)
     (staging.folder / "README.md").write_text(card)
     staging.publish()
     return result
+
+
+def write_small_files(
+    checkpoint: MegatronCheckpoint, folder: Path, dtype: torch.dtype
+) -> list[str]:
+    """Write all but the weights: tokenizer, config.json with `dtype`, generation settings.
+
+    Gives `checkpoint.config` that dtype and, where it has none, the tokenizer's special ids.
+    Returns the names of the tokenizer's files.
+    """
+    names = write_tokenizer(checkpoint.tokenizer, folder, checkpoint.args)
+    if names and not checkpoint.has_ids:
+        set_special_ids(checkpoint.config, folder)
+    checkpoint.config.dtype = dtype
+    checkpoint.config.save_pretrained(folder)
+    _add_names_of_transformers_4(folder / "config.json")
+    write_generation_config(checkpoint, folder)
+    return names
+
+
+def _add_names_of_transformers_4(path: Path) -> None:
+    """Write what transformers 5 renamed under the former names too.
+
+    transformers 4, and vLLM on top of it, would take rope_theta for 10000 without a word.
+    """
+    config = json.loads(path.read_text())
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_shards(
@@ -208,9 +247,11 @@ def _write_shards(
         (staging.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _plain_tensors(
+def plain_tensors(
     weights: MegatronWeights, dtypes: dict[Item, torch.dtype]
 ) -> Callable[[Item], list[Tensor]]:
+    """Return what gives an item's tensors under `Item.hf_names`: read, transformed and cast."""
+
     def tensors(item: Item) -> list[Tensor]:
         found = item.rule.transform.to_hf(weights.read(item), weights.settings)
         return [tensor.to(dtypes[item]) for tensor in found]
@@ -269,7 +310,8 @@ def _config(
     return config, has_reference
 
 
-def _check_tokenizer(checkpoint: MegatronCheckpoint) -> None:
+def check_tokenizer(checkpoint: MegatronCheckpoint) -> None:
+    """Raise ConversionError where the tokenizer has more ids than the model has rows."""
     if checkpoint.tokenizer is None:
         return
     size, vocab_size = tokenizer_size(checkpoint.tokenizer), checkpoint.settings.vocab_size

@@ -24,12 +24,19 @@ def model_card(
     dtype: torch.dtype,
     tokenizer_names: list[str],
     checked: list[str],
+    origin: str = "",
 ) -> str:
     """Return the card, with a table of what the checkpoint's arguments say.
 
     Of files only the last part of the path: cards are published.
+
+    Args:
+        checked: what was verified, and how it came out.
+        origin: where weights come from that were stored twice.
     """
     rows = _training(checkpoint) + _model(checkpoint, dtype)
+    if origin:
+        rows.append(("weights", origin))
     rows.append(("tokenizer", ", ".join(tokenizer_names) or "none in this folder"))
     rows.append(("versions", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)))
     rows.append(("verified against the Megatron checkpoint", "; ".join(checked) or "no"))
@@ -72,7 +79,9 @@ def _model(checkpoint: MegatronCheckpoint, dtype: torch.dtype) -> list[tuple[str
         ("dtype", str(dtype).removeprefix("torch.")),
     ]
     if getattr(checkpoint.args, "fp8", None):
-        rows.append(("trained in FP8", "these are the weights in high precision"))
+        kept = "FP8" if getattr(checkpoint.args, "fp8_param_gather", False) else "high precision"
+        note = f"products in FP8, weights kept in {kept}; its scales are not part of this folder"
+        rows.append(("trained in FP8", note))
     return rows
 
 
