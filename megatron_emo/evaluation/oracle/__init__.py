@@ -1,0 +1,1 @@
+"""Languages whose truth is known: what each objective learns of them, measured exactly."""
