@@ -1,0 +1,1 @@
+"""Tables, pictures and one HTML page of measurement records, and a check of documents on them."""
