@@ -39,6 +39,8 @@ MLE_DIR=$RUN_DIR/mle
 EMO_DIR=$RUN_DIR/emo
 RESUMED_DIR=$RUN_DIR/emo-resumed
 COST_EMBEDDING=$RUN_DIR/cost_embedding.safetensors
+HF_DIR=$RUN_DIR/emo-hf
+GENERATED=$RUN_DIR/generated.txt
 
 # A small Llama: rotary positions, RMSNorm, SwiGLU, no biases, an output layer of its own.
 MODEL_ARGS+=(

@@ -13,6 +13,8 @@ cat <<MESSAGE
 MLE checkpoint    $MLE_DIR/checkpoints
 EMO-1 checkpoint  $EMO_DIR/checkpoints, resumed to $RESUMED_DIR/checkpoints
 cost embedding    $COST_EMBEDDING
+exported model    $HF_DIR
+generated text    $GENERATED
 full logs         $MLE_DIR.log, $EMO_DIR.log, $RESUMED_DIR.log
 curves            $RUN_DIR/curves.png
 TensorBoard       $PYTHON -m tensorboard.main --logdir $RUN_DIR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,13 +62,59 @@ def test_the_resumed_run_continues_at_the_saved_iteration(finished):
 
 
 @pytest.mark.slow
+def test_the_exported_folder_is_a_model_of_transformers(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_dir, printed = finished
+    assert "weights: 21 tensors" in printed and "logits equal: max difference" in printed
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "emo-hf")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "emo-hf")
+    assert model.config.vocab_size == len(tokenizer) == 512
+    text = (run_dir / "generated.txt").read_text()
+    assert text.startswith("Return True if the") and len(text) > len("Return True if the\n")
+    assert text in printed
+
+
+@pytest.mark.slow
+def test_an_export_follows_its_checkpoint(finished, tmp_path):
+    """A checkpoint that is newer than the folder is exported again, and the text drawn again."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0], run_dir)
+    tracker = run_dir / "emo" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    shutil.copytree(run_dir / "emo-resumed", run_dir / "emo", dirs_exist_ok=True)
+    tracker.touch()
+    files = [run_dir / "emo-hf" / "model.safetensors", run_dir / "generated.txt"]
+    weights, written = files[0].read_bytes(), [file.stat().st_mtime_ns for file in files]
+    for name in ("07_export.sh", "08_generate.sh"):
+        process = run_script(name, run_dir)
+        assert process.returncode == 0, process.stderr
+        assert "skipped:" not in process.stdout
+    assert files[0].read_bytes() != weights
+    later = [file.stat().st_mtime_ns for file in files]
+    assert later[0] > written[0] and later[1] > later[0]
+
+
+@pytest.mark.slow
 def test_a_second_run_reuses_all_that_is_built(finished):
     run_dir, _ = finished
     before = modified(run_dir)
     process = run_script("run_all.sh", run_dir)
     assert process.returncode == 0
     assert modified(run_dir) == before
-    assert process.stdout.count("skipped:") == 8  # three files of step 01, one of each other step
+    assert process.stdout.count("skipped:") == 10  # three files of step 01, one of each other step
+
+
+@pytest.mark.slow
+def test_a_failing_export_shows_its_log_and_fails(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished[0] / "emo", run_dir / "emo")
+    for piece in run_dir.rglob("*.distcp"):
+        piece.unlink()
+    process = run_script("07_export.sh", run_dir)
+    assert process.returncode != 0
+    assert "convert_checkpoint: " in process.stderr
+    assert f"[07_export] failed; above are the last lines of {run_dir}/emo-hf.log" in process.stderr
+    assert not (run_dir / "emo-hf").exists()
 
 
 @pytest.mark.slow
