@@ -37,8 +37,12 @@ MAY_IMPORT = {
     },
     "data": set(),
     "training_curves": set(),
+    "evaluation": {"objectives", "config"},
+    "report": {"evaluation"},
+    "scaling": {"evaluation"},
+    "study": {"evaluation"},
     "hf": {"loss", "objectives", "cost_embedding", "config"},
-    "conversion": {"torch_dist", "vocabulary", "training"},
+    "conversion": {"torch_dist", "vocabulary", "training", "evaluation"},
     "training": {"loss", "objectives", "cost_embedding", "config", "torch_dist", "data"},
 }
 # Where `megatron` may be imported, and whether at the top of a file or inside functions alone.

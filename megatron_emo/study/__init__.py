@@ -1,0 +1,1 @@
+"""Studies: commands whose files build on each other, and the settings of the examples."""

@@ -1,0 +1,1 @@
+"""One base model, then the same steps of each objective on each domain: who writes best?"""
