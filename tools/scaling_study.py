@@ -1,0 +1,21 @@
+"""Scaling studies: from a table of runs to a law.
+
+python tools/scaling_study.py fit --csv runs.csv --columns params=N,tokens=D,loss=val_loss \\
+    --approach 3 --bootstrap 500 --json law.json
+"""
+
+from __future__ import annotations
+
+from megatron_emo.scaling.command import build_parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser(__doc__).parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"scaling_study {args.task}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
