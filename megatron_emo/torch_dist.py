@@ -8,12 +8,14 @@ so that a checkpoint from elsewhere can be looked into without being trusted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import importlib
 import io
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -260,12 +262,29 @@ class _SafePlanner(dcp.DefaultLoadPlanner):
 
 def _load_inert(file: io.BytesIO) -> Any:
     """Load with weights_only=True; each class that is not allowed becomes an empty stand-in."""
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
-    allowed = [pair for pair in stand_ins if pair[1] != "argparse.Namespace"]
-    file.seek(0)
-    with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    with _no_registered_classes():
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
+        allowed = [pair for pair in stand_ins if pair[1] != "argparse.Namespace"]
+        file.seek(0)
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _no_registered_classes() -> Iterator[None]:
+    """Set aside what this process has declared safe for torch.load.
+
+    Megatron declares some classes that numpy's arrays are made with, and not those they hold: then
+    such an array can be neither built nor passed over.
+    """
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
 
 
 class _StandIn:

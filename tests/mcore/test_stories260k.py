@@ -6,6 +6,7 @@ The truth is the story that its author published for it: every word, from each o
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -117,8 +118,12 @@ def test_the_folder_comes_back(folders):
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype == torch.float32
         assert torch.equal(after[name], tensor), name
+    first, second = (
+        json.loads((folders[x] / "config.json").read_text()) for x in ("hf", "exported")
+    )
+    # Under the names of transformers 4 too.
+    assert second == first | {"torch_dtype": "float32", "rope_theta": 10000.0, "rope_scaling": None}
     for file in (
-        "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",

@@ -318,8 +318,23 @@ def with_objects(folder: Path, common: dict, made: Path) -> None:
     common["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": np.int64(7)}
 
 
+@pytest.fixture(params=["nothing registered", "as Megatron registers"])
+def registered(request):
+    """Classes that torch.load takes in the whole process; numpy's of an array, not of its dtype."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    if request.param != "nothing registered":
+        classes = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, signal.Signals]
+        torch.serialization.add_safe_globals(classes)
+    yield (now := torch.serialization.get_safe_globals())
+    # More are there where a module that declares some was imported meanwhile.
+    assert set(now) <= set(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
 @pytest.mark.parametrize("place", ["common.pt", "common_state"])
-def test_pickled_objects_are_passed_over_and_no_code_runs(foreign, tmp_path, place):
+def test_pickled_objects_are_passed_over_and_no_code_runs(foreign, tmp_path, place, registered):
     made = tmp_path / "made"
 
     def write(folder: Path, common: dict) -> dict:
