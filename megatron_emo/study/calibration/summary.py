@@ -5,17 +5,16 @@ python -m megatron_emo.study.calibration.summary --cells runs/calibration/cells 
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_emo.evaluation.records import Interval, Record, read_records, write_records
+from megatron_emo.evaluation.records import Interval, Record, read_records
 from megatron_emo.study.calibration.paired import compare_answers, compare_nats
 from megatron_emo.study.calibration.plan import UNTOUCHED
 from megatron_emo.study.language_modeling.sizes import OBJECTIVES
+from megatron_emo.study.results import run_summary, write_results
 
 CONTROL = "mle"
 HEADINGS = {
@@ -244,11 +243,8 @@ def write_summary(cells: Path, output: Path) -> str:
     found = Found(cells, records)
     differences = compare_all(found)
     report = format_report(found, differences)
-    write_records(output / "records.json", records)
-    write_records(output / "summary.json", [*_averages(found), *differences])
-    part = output / ".table.md.part"
-    part.write_text(report, encoding="utf-8")
-    os.replace(part, output / "table.md")
+    summary = [*_averages(found), *differences]
+    write_results(output, records, summary, report)
     return report
 
 
@@ -261,19 +257,5 @@ def _averages(found: Found) -> list[Record]:
     return [average(group) for group in groups.values()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cells", type=Path, required=True, metavar="DIR", help="with records")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
-    args = parser.parse_args(argv)
-    try:
-        print(write_summary(args.cells, args.output))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"summary: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    run_summary(__doc__, write_summary)

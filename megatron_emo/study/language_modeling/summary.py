@@ -5,8 +5,6 @@ python -m megatron_emo.study.language_modeling.summary --cells lm/cells --output
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_emo.evaluation.perplexity import ratio_interval
-from megatron_emo.evaluation.records import Interval, Record, read_records, write_records
+from megatron_emo.evaluation.records import Interval, Record, read_records
 from megatron_emo.evaluation.rows import read_rows
 from megatron_emo.study.language_modeling.sizes import OBJECTIVES
+from megatron_emo.study.results import run_summary, write_results
 
 CONTROL = "mle"
 ORDER = ("base", *OBJECTIVES)
@@ -270,27 +269,9 @@ def write_summary(cells: Path, output: Path) -> str:
     records = read_records(files)
     found = summarise_all(records, cells)
     report = format_report(found)
-    write_records(output / "records.json", records)
-    write_records(output / "summary.json", [found[key] for key in sorted(found, key=str)])
-    part = output / ".table.md.part"
-    part.write_text(report, encoding="utf-8")
-    os.replace(part, output / "table.md")
+    write_results(output, records, [found[key] for key in sorted(found, key=str)], report)
     return report
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cells", type=Path, required=True, metavar="DIR", help="with records")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the results")
-    args = parser.parse_args(argv)
-    try:
-        print(write_summary(args.cells, args.output))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"summary: {error}") from error
-
-
 if __name__ == "__main__":
-    main()
+    run_summary(__doc__, write_summary)
