@@ -90,17 +90,20 @@ def test_from_a_model_to_a_table(argv):
     assert too_many.returncode == 1
     assert "--sentences: --text has 40, expected 41" in too_many.stderr
 
-    argv = [*argv, "--sentences", "40"]
+    # Each training ends early once; the same command goes on with it.
+    argv = [*argv, "--sentences", "40", "--megatron-args=--exit-interval 7"]
     output = Path(argv[argv.index("--output") + 1])
-    cut_off = run(argv, "--megatron-args=--exit-interval 4")
+    cut_off = run(argv)
     assert cut_off.returncode == 1
     assert "train/mle/seed100: ended with 0 without making" in cut_off.stderr
+    again = run(argv)
+    assert again.returncode == 1
+    assert "train/emo1/seed100: ended with 0 without making" in again.stderr
+    assert first_iteration(output, "mle") == 8, "goes on from its last checkpoint"
 
     result = run(argv)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    log = (output / "log" / "train" / "mle" / "seed100.log").read_text()
-    iterations = [int(found) for found in re.findall(r"iteration +(\d+)/ ", log)]
-    assert min(iterations) == 5, "goes on from its last checkpoint"
+    assert first_iteration(output, "emo1") == 8
     table = (output / "results" / "table.md").read_text()
     assert result.stdout.endswith(table + "\n")
     assert "40 sentences" in result.stdout and "how long" not in result.stdout
@@ -120,6 +123,11 @@ def test_from_a_model_to_a_table(argv):
     (output / "cells" / "emo1" / "seed100" / "tiny.json").unlink()
     again = run(argv, "--dry-run").stdout
     assert "13 of 15 tasks are done" in again and "tiny.json is missing" in again
+
+
+def first_iteration(output: Path, objective: str) -> int:
+    log = (output / "log" / "train" / objective / "seed100.log").read_text()
+    return min(int(found) for found in re.findall(r"iteration +(\d+)/ ", log))
 
 
 def check_records(output: Path) -> None:
