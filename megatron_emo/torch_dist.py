@@ -262,7 +262,7 @@ class _SafePlanner(dcp.DefaultLoadPlanner):
 
 def _load_inert(file: io.BytesIO) -> Any:
     """Load with weights_only=True; each class that is not allowed becomes an empty stand-in."""
-    with _no_registered_classes():
+    with _no_numpy_registered():
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
         allowed = [pair for pair in stand_ins if pair[1] != "argparse.Namespace"]
@@ -272,19 +272,26 @@ def _load_inert(file: io.BytesIO) -> Any:
 
 
 @contextlib.contextmanager
-def _no_registered_classes() -> Iterator[None]:
-    """Set aside what this process has declared safe for torch.load.
+def _no_numpy_registered() -> Iterator[None]:
+    """Set aside what this process has declared safe for torch.load of numpy.
 
-    Megatron declares some classes that numpy's arrays are made with, and not those they hold: then
-    such an array can be neither built nor passed over.
+    Megatron declares the classes that arrays are made with, and not their dtypes: then an array,
+    as a random state holds it, can be neither built nor passed over.
     """
     registered = torch.serialization.get_safe_globals()
+    of_numpy = [entry for entry in registered if _module_of(entry).split(".")[0] == "numpy"]
+    others = [entry for entry in registered if entry not in of_numpy]
     torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(others)
     try:
         yield
     finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(registered)
+        torch.serialization.add_safe_globals(of_numpy)
+
+
+def _module_of(entry: Any) -> str:
+    """Of a class or function, or of a pair of one and the name that stands for it."""
+    return getattr(entry[0] if isinstance(entry, tuple) else entry, "__module__", None) or ""
 
 
 class _StandIn:
