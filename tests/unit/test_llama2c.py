@@ -14,14 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_emo.conversion.errors import ConversionError
-from megatron_emo.conversion.llama2c import (
-    SPACE,
-    Llama2cModel,
-    Vocabulary,
-    convert_llama2c,
-    read_vocabulary,
-    split_pairs,
-)
+from megatron_emo.conversion.llama2c import Llama2cModel, convert_llama2c, split_pairs
+from megatron_emo.conversion.llama2c_tokenizer import SPACE, Vocabulary, read_vocabulary
 from megatron_emo.cost_embedding.map_tokenizer import token_keys
 
 ROOT = Path(__file__).resolve().parents[2]
