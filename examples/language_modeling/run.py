@@ -51,9 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--domains",
         metavar="A,B",
-        help=f"of {', '.join(DOMAINS)}, or of --data (default: all, "
-        "or with --size paper those of --data)",
+        help=f"of {', '.join(DOMAINS)}, or of --data: the base is trained on all of these "
+        "(default: all, or with --size paper those of --data)",
     )
+    add("--only", metavar="A,B", help="of the domains, run the cells of these (default: all)")
     add("--objectives", metavar="A,B", help=f"of {', '.join(OBJECTIVES)} (default: all)")
     add("--seeds", metavar="N,N", help="of data order and draws (default: 1,2,3)")
     add(
@@ -91,7 +92,8 @@ def build_study(args: argparse.Namespace) -> Study:
         size = replace(size, seeds=_parse_seeds(args.seeds))
     place = [p and p.absolute() for p in (args.output, args.data_root, args.base, args.featurizer)]
     words = tuple(shlex.split(args.megatron_args))
-    return Study(size, *place, files=files, gpus=args.gpus, megatron_args=words)
+    only = tuple(args.only.split(",")) if args.only else ()
+    return Study(size, *place, files=files, only=only, gpus=args.gpus, megatron_args=words)
 
 
 def _parse_seeds(text: str) -> tuple[int, ...]:

@@ -124,6 +124,14 @@ def test_objectives_differ_in_nothing_but_the_objective(study):
         assert flag(commands["emo1"], "--pretrained-checkpoint") == str(study.base_checkpoint)
 
 
+def test_a_part_of_the_domains_has_the_base_of_all(study):
+    whole = {task.name: task.command for task in study_tasks(study)}
+    part = {task.name: task.command for task in study_tasks(replace(study, only=("two",)))}
+    assert not [name for name in part if name.startswith("one/")]
+    assert all(part[name] == whole[name] for name in part)
+    assert {"base/train", "two/mle/seed1/train", "two/base/seed1/evaluate"} < set(part)
+
+
 def test_epochs_become_steps_of_the_counted_tokens(study):
     prefix = study.prefix("one")
     prefix.parent.mkdir(parents=True)
@@ -164,6 +172,7 @@ def test_grow_multiplies_steps_and_texts():
         (["--objectives", "emo1"], "--objectives: expected mle among them"),
         (["--objectives", "mle,kl"], "--objectives: expected some of .*, got 'kl'"),
         (["--domains", "mars"], "--domains: expected some of .*'mars'"),
+        (["--only", "mars"], "--only: expected some of wikitext, .*'mars'"),
         (["--seeds", "1,x"], "--seeds: expected numbers, got '1,x'"),
         (["--seeds", "0"], "--seeds: expected numbers from 1 on"),
         (["--data", "a=b"], "--data: expected NAME=TRAIN,VALID,TEST, got 'a=b'"),

@@ -276,7 +276,9 @@ def test_graphics_cards_train_in_bf16(study):
     train = commands["train/mle/seed1"]
     assert " --bf16" in train and "--nproc-per-node 2" in train
     assert "--tensor-model-parallel-size 2" in train
-    assert "--dtype bfloat16" in commands["measure/untouched/sst2"]
+    # What bf16 training changed is in its fp32 masters: they are exported, and measured.
+    assert "--dtype float32" in commands["export/mle/seed1"]
+    assert "--dtype float32" in commands["measure/untouched/sst2"]
 
 
 def test_another_learning_rate_does_not_go_on_from_these_weights(study):

@@ -124,6 +124,12 @@ def _add_measures(parser) -> None:
         "Stories in ../shared/data)",
     )
     add("--documents", type=int, metavar="N", help="of each --eval (default: all)")
+    add(
+        "--dtype",
+        default=Measures.dtype,
+        choices=["float32", "bfloat16", "float16"],
+        help="models are measured in; exported models are float32 (default: %(default)s)",
+    )
 
 
 def _add_running(parser) -> None:
@@ -160,6 +166,7 @@ def build_study(args: argparse.Namespace) -> Study:
         documents=args.documents,
         limits=parse_numbers("--limit", args.limit),
         shots=parse_numbers("--shots", args.shots),
+        dtype=args.dtype,
     )
     gpus = _count_gpus() if args.gpus is None else args.gpus
     training = _training(args, max(1, gpus // max(1, args.tensor_parallel)))

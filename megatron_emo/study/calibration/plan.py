@@ -64,6 +64,8 @@ class Measures:
     shots: Mapping[str, int] = field(default_factory=dict)
     """The same of shots; a task's own where none is given."""
     scorings: str = "ppl,label"
+    dtype: str = "float32"
+    """Models are measured in."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -140,10 +142,6 @@ class Study:
     def cost_table(self) -> Path:
         return self.output / "base" / "cost_embedding.safetensors"
 
-    @property
-    def dtype(self) -> str:
-        return "bfloat16" if self.gpus else "float32"
-
     def cell(self, objective: str, seed: int | None) -> Path:
         """Where a model's files are."""
         return self.output / "cells" / (objective if seed is None else f"{objective}/seed{seed}")
@@ -214,9 +212,11 @@ def study_tasks(study: Study) -> list[Task]:
         ValueError: they fill no batch.
     """
     tasks = [*data_tasks(study), *_base_tasks(study)]
+    # Trainings first: they take longest, and --jobs shares them out best at the start.
     for objective, seed in study.cells():
         if seed is not None:
             tasks += _training_tasks(study, objective, seed)
+    for objective, seed in study.cells():
         tasks += _measure_tasks(study, objective, seed)
     results = study.output / "results"
     records = [path for task in tasks if task.name.startswith("measure/") for path in task.outputs]
@@ -271,7 +271,8 @@ def _training_tasks(study: Study, objective: str, seed: int) -> Iterator[Task]:
         resumes=(cell / "checkpoints",),
     )
     words = ("export", "--megatron", str(cell / "checkpoints"), "--output", str(cell / "hf"))
-    words += ("--hf-config", str(study.model), "--overwrite")
+    # bf16 runs train fp32 masters; what these few steps change, bf16 would partly round away.
+    words += ("--hf-config", str(study.model), "--dtype", "float32", "--overwrite")
     yield Task(
         f"export/{objective}/seed{seed}",
         _tool("convert_checkpoint", *words),
@@ -341,7 +342,7 @@ def _device_flags(study: Study) -> tuple[str, ...]:
 
 def _measure_tasks(study: Study, objective: str, seed: int | None) -> Iterator[Task]:
     measures, model = study.measures, study.model_of(objective, seed)
-    common = ("--model", str(model), "--dtype", study.dtype)
+    common = ("--model", str(model), "--dtype", measures.dtype)
     for task in measures.tasks:
         words = ("icl", *common, "--task", task, "--data", str(measures.task_data))
         words += ("--scoring", measures.scorings)

@@ -36,6 +36,8 @@ class Study:
     """Of MAUVE; None: the base."""
     files: Mapping[str, tuple[Path, Path, Path]] = field(default_factory=dict)
     """{domain: train, valid, test} where given."""
+    only: tuple[str, ...] = ()
+    """Domains that have cells; () for all. The base is of all in either case."""
     seed: int = 1
     """Of splits and of the base."""
     gpus: int = 0
@@ -48,6 +50,9 @@ class Study:
             raise ValueError(
                 f"--objectives: expected some of {', '.join(OBJECTIVES)}, got {unknown[0]!r}"
             )
+        if unknown := sorted(set(self.only) - set(self.size.domains)):
+            domains = ", ".join(self.size.domains)
+            raise ValueError(f"--only: expected some of {domains}, got {unknown[0]!r}")
         if "mle" not in self.size.objectives:
             raise ValueError("--objectives: expected mle among them: entropies are matched to it")
         if not self.size.seeds or min(self.size.seeds) < 1:
@@ -58,6 +63,10 @@ class Study:
                 "--base: expected a Hugging Face folder with --size paper, and with no other, "
                 f"got {self.base_hf}"
             )
+
+    @property
+    def cell_domains(self) -> tuple[str, ...]:
+        return self.only or self.size.domains
 
     @property
     def base_model(self) -> Path:
@@ -143,14 +152,15 @@ def study_tasks(study: Study) -> list[Task]:
     cells = [
         (domain, seed, objective)
         for seed in size.seeds
-        for domain in size.domains
+        for domain in study.cell_domains
         for objective in sorted(size.objectives, key=lambda name: name != "mle")
     ]
     records = []
-    for index, (domain, seed, objective) in enumerate(cells):
-        tasks += _cell_tasks(study, domain, objective, seed, verify=index == 0)
+    for domain, seed, objective in cells:
+        is_first = objective == "mle" and seed == size.seeds[0]
+        tasks += _cell_tasks(study, domain, objective, seed, verify=is_first)
         records.append(study.cell(domain, objective, seed) / "records.json")
-    for domain in size.domains:
+    for domain in study.cell_domains:
         seed = size.seeds[0]
         tasks.append(_evaluation_task(study, domain, BASE, seed, study.base_model))
         records.append(study.cell(domain, BASE, seed) / "records.json")
