@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from functools import partial
 
@@ -40,7 +41,15 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     from megatron.training import argument_utils, inprocess_restart
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_emo.training import preflight, state, steps
+    from megatron_emo.training import (
+        checkpointing,
+        finite,
+        preflight,
+        recording,
+        signals,
+        state,
+        steps,
+    )
 
     compat.apply_repairs()
     if program_start is not None:
@@ -48,9 +57,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
             program_start=program_start, main_entry=program_start
         )
     args = parse_and_validate_args(
-        extra_args_provider=lambda parser: compat.repair_help(
-            add_model_arguments(add_emo_arguments(parser))
-        ),
+        extra_args_provider=lambda parser: compat.repair_help(_add_arguments(parser)),
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
     check_supported(args)
@@ -58,6 +65,9 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     config = emo_config_from_args(args)
     preflight.check_before_start(args, config)
     megatron_training.print_rank_0(_summary(config))
+    for part in (recording, signals, finite):
+        part.install(args)
+    checkpointing.prepare(args)
 
     owns_process_group = not torch.distributed.is_initialized()
     # After our own parse: it parses again, with Megatron's flags alone, and would answer --help.
@@ -77,6 +87,15 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     if owns_process_group:
         # Threads of groups still alive at interpreter exit can abort a finished run.
         torch.distributed.destroy_process_group()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    from megatron_emo.training import checkpointing, recording, signals
+
+    add_model_arguments(add_emo_arguments(parser))
+    for part in (checkpointing, recording, signals):
+        part.add_arguments(parser)
+    return parser
 
 
 def _summary(config: EmoConfig) -> str:

@@ -43,7 +43,12 @@ MAY_IMPORT = {
     "study": {"evaluation"},
     "hf": {"loss", "objectives", "cost_embedding", "config"},
     "conversion": {"torch_dist", "vocabulary", "training", "evaluation"},
-    "training": {"loss", "objectives", "cost_embedding", "config", "torch_dist", "data"},
+    "launch": {"checkpoints", "data", "torch_dist"},
+    "checkpoints": {"torch_dist"},
+    "training": {
+        *("loss", "objectives", "cost_embedding", "config", "torch_dist", "data"),
+        *("launch", "checkpoints"),
+    },
 }
 # Where `megatron` may be imported, and whether at the top of a file or inside functions alone.
 MEGATRON_AT_TOP = {"training"}

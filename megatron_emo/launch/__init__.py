@@ -1,0 +1,1 @@
+"""Starting, watching and judging runs of many processes; needs neither Megatron nor a GPU."""
