@@ -97,6 +97,8 @@ class ScheduleConfig:
 
 
 LOSS_PATHS = ("auto", "logits", "recompute", "forward")
+DETERMINISTIC_BLOCKS = 8
+"""As many as the tensor-parallel ranks of most machines."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,22 @@ class LossPathConfig:
     workspace_mb, else recompute."""
     workspace_mb: int = 512
     """MiB that logits or their chunks may take on a rank."""
+    deterministic_blocks: int | None = None
+    """Blocks of the padded vocabulary that are summed in a fixed order, so that the loss and its
+    gradient have the same bits at any tensor-parallel size that divides them. A power of two; None
+    lets the order follow the ranks."""
 
     def __post_init__(self) -> None:
         if self.path not in LOSS_PATHS:
             raise ValueError(f"path: expected one of {', '.join(LOSS_PATHS)}, got {self.path!r}")
         _check_range("workspace_mb", self.workspace_mb, above=0)
+        check_deterministic_blocks(self.deterministic_blocks)
+
+
+def check_deterministic_blocks(count: int | None) -> None:
+    """Raise ValueError unless it is None or a power of two, which the order of sums needs."""
+    if count is not None and (count < 1 or count & (count - 1)):
+        raise ValueError(f"deterministic_blocks: expected a power of two, got {count}")
 
 
 def _check_range(

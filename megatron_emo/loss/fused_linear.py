@@ -27,6 +27,7 @@ from megatron_emo.loss.checks import check_inputs, check_targets
 from megatron_emo.loss.kernels import row_gradient, row_statistics
 from megatron_emo.loss.linear_gradients import LinearGradients, SequenceTokens, Spread
 from megatron_emo.loss.statistics import (
+    Columns,
     Layout,
     LossOutput,
     Shard,
@@ -42,6 +43,7 @@ from megatron_emo.loss.statistics import (
 )
 from megatron_emo.loss.target_cost import cost_of_targets
 from megatron_emo.loss.target_plan import PlannedTargets, TargetPlan, plan_targets
+from megatron_emo.loss.vocabulary_blocks import Block, blocks_of
 from megatron_emo.objectives import Objective
 
 _CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -60,6 +62,7 @@ class _Call(NamedTuple):
     """[V/tp, D]."""
     objective: Objective
     chunks: list[slice]
+    blocks: list[Block]
     compute_dtype: torch.dtype
     layout: Layout
     into_main_grad: bool
@@ -92,6 +95,7 @@ def fused_linear_loss(
     sequence_parallel: bool = False,
     into_main_grad: bool = False,
     planned: PlannedTargets | None = None,
+    deterministic_blocks: int | None = None,
 ) -> LossOutput:
     """Return what `vocab_parallel_loss` returns for the logits hidden @ weight.T, without keeping
     them.
@@ -102,7 +106,9 @@ def fused_linear_loss(
     all-gather per chunk); in the backward one all-reduce of the hidden states' gradient [N, h],
     which the last weight product hides. Under sequence parallelism hidden is gathered in the
     forward and, since only the shard is kept, again in the backward, and its gradient is
-    reduce-scattered.
+    reduce-scattered. With deterministic_blocks K the all-gathers bring as many numbers for each of
+    the K / tp blocks of a rank, and the hidden states' gradient takes one all-to-all of [N, h] in
+    fp32 and, without sequence parallelism, one all-gather of [N / tp, h].
 
     Args:
         hidden: [..., h], the same on all ranks of tp_group.
@@ -118,19 +124,22 @@ def fused_linear_loss(
             nothing of use, or zeros where weight.zero_out_wgrad asks for them.
         planned: from `PlannedTargets`, made of the same target, loss_mask and table; else made
             here, which on a GPU waits for the device.
+        deterministic_blocks: as in `vocab_parallel_loss`; the gradients of hidden and weight too
+            have the same bits at any number of ranks. Chunks, and the choice of auto, then follow
+            the whole vocabulary or a block of it, not V/tp.
 
     Raises:
         ValueError: as `vocab_parallel_loss`, an unknown path, or a workspace below one row.
         RuntimeError: a second backward on the path logits, whose logits are gone.
     """
-    LossPathConfig(path, workspace_mb)  # checks both
+    LossPathConfig(path, workspace_mb, deterministic_blocks)  # checks them
     hidden = _as_tensor(hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.dtype != hidden.dtype:
         raise ValueError(
             f"weight: expected [V/tp, {hidden.shape[-1]}] in {hidden.dtype}, "
             f"got {list(weight.shape)} in {weight.dtype}"
         )
-    shard = make_shard(weight.shape[0], tp_group)
+    shard = make_shard(weight.shape[0], tp_group, deterministic_blocks)
     sequence_parallel = sequence_parallel and shard.tp_group is not None
     ranks = shard.tp_group.size() if sequence_parallel else 1
     check_inputs(hidden, target, objective, cost_embedding, loss_mask, shard, ranks)
@@ -145,14 +154,15 @@ def fused_linear_loss(
         planned = PlannedTargets(plan_targets(target, loss_mask), cost_embedding, shard)
     plan, compute_dtype = planned.plan, torch.promote_types(hidden.dtype, torch.float32)
     has_cost = cost_embedding is not None
-    path = _path_taken(path, plan, hidden, weight, has_cost, workspace_mb)
+    path = _path_taken(path, plan, hidden, weight, has_cost, workspace_mb, shard)
     call = _Call(
         Spread(plan, shard, sequence_parallel),
         _mask_of(plan, target, loss_mask, compute_dtype),
         planned.rows(),
         cost_embedding,
         objective,
-        _chunks(path, plan, hidden, weight, has_cost, workspace_mb),
+        _chunks(path, plan, hidden, has_cost, workspace_mb, shard),
+        blocks_of(shard),
         compute_dtype,
         Layout(has_cost, return_entropy, return_argmax),
         into_main_grad,
@@ -174,26 +184,34 @@ def _mask_of(plan: TargetPlan, target: Tensor, loss_mask: Tensor | None, dtype) 
 
 
 def _path_taken(
-    path: str, plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
+    path: str,
+    plan: TargetPlan,
+    hidden: Tensor,
+    weight: Tensor,
+    has_cost: bool,
+    workspace_mb: int,
+    shard: Shard,
 ) -> str:
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return "recompute"  # nothing is kept, and no backward will ask for it
     if path != "auto":
         return path
     num_distinct = len(plan.distinct) if has_cost else 0
-    sizes = (len(plan.order), num_distinct, len(weight), hidden.element_size())
+    # One path at any number of ranks: by what one rank would keep.
+    width = full_vocab_size(shard) if shard.is_deterministic else len(weight)
+    sizes = (len(plan.order), num_distinct, width, hidden.element_size())
     return auto_path(*sizes, workspace_mb)[0]
 
 
 def _chunks(
-    path: str, plan: TargetPlan, hidden: Tensor, weight: Tensor, has_cost: bool, workspace_mb: int
+    path: str, plan: TargetPlan, hidden: Tensor, has_cost: bool, workspace_mb: int, shard: Shard
 ) -> list[slice]:
     count = len(plan.order)
     if path == "logits":  # all are kept, and one large product is best
         return [slice(0, count)] if count else []
     # A row takes its logits, at worst a cost row of its own, and narrow logits a wide copy.
     itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    row_bytes = len(weight) * itemsize * (2 if has_cost else 1)
+    row_bytes = _row_width(path, shard) * itemsize * (2 if has_cost else 1)
     if row_bytes > workspace_mb << 20:
         raise ValueError(
             f"workspace_mb: expected at least {-(-row_bytes // (1 << 20))} MiB, the size of one "
@@ -202,6 +220,14 @@ def _chunks(
     budget = min(workspace_mb << 20, _CHUNK_BYTES.get(hidden.device.type, 512 << 20))
     rows = max(1, budget // row_bytes)
     return [slice(i, min(i + rows, count)) for i in range(0, count, rows)]
+
+
+def _row_width(path: str, shard: Shard) -> int:
+    """Return how many columns a chunk holds at a time; the same at any number of ranks if the
+    blocks are fixed."""
+    if shard.is_deterministic and path == "forward":
+        return full_vocab_size(shard)  # a token's gradient needs the statistics of all blocks
+    return shard.partition_vocab_size // shard.num_blocks
 
 
 def auto_path(
@@ -217,38 +243,41 @@ def auto_path(
     return "logits" if kept <= workspace_mb << 20 else "recompute", kept
 
 
-def _chunk_cost(call: _Call, rows: slice) -> tuple[Tensor | None, Tensor | None]:
-    """Return (costs of the chunk's distinct targets [u, V/tp], which of them each token has)."""
+class _Scores(NamedTuple):
+    """Logits and costs of a chunk of tokens in one block of the vocabulary."""
+
+    z: Tensor
+    """[n, block] in hidden's dtype."""
+    target: Columns
+    cost: Tensor | None
+    """[u, block] of the chunk's distinct targets."""
+    cost_row: Tensor | None
+    """[n] which of them each token has."""
+
+
+def _scores(tokens: Tensor, weight: Tensor, call: _Call, rows: slice, block: Block) -> _Scores:
+    z = torch.mm(tokens[rows], block.rows_of(weight).T)
+    target = locate(call.plan.target[rows], block.shard)
     if not call.layout.cost:
-        return None, None
-    distinct = call.plan.distinct_of(rows)
-    cost = cost_of_targets(call.target_rows[distinct], call.unit_embedding, call.compute_dtype)
-    return cost, call.plan.cost_row[rows] - distinct.start
-
-
-class _Kept(NamedTuple):
-    """What the path logits keeps for the backward."""
-
-    logits: Tensor
-    """[n, V/tp] in hidden's dtype."""
-    costs: list[tuple[Tensor | None, Tensor | None]]
-    """Those of each chunk."""
+        return _Scores(z, target, None, None)
+    distinct, table = call.plan.distinct_of(rows), block.rows_of(call.unit_embedding)
+    cost = cost_of_targets(call.target_rows[distinct], table, call.compute_dtype)
+    return _Scores(z, target, cost, call.plan.cost_row[rows] - distinct.start)
 
 
 def _statistics_of_all(
-    tokens: Tensor, weight: Tensor, call: _Call, kept: _Kept | None
+    tokens: Tensor, weight: Tensor, call: _Call, kept: list[_Scores] | None
 ) -> TokenStatistics:
     """Return every token's statistics; one all-gather. Fills `kept` where there is one."""
-    local = tokens.new_empty(call.layout.count, len(tokens), dtype=call.compute_dtype)
+    shape = len(call.blocks), call.layout.count, len(tokens)
+    local = tokens.new_empty(shape, dtype=call.compute_dtype)
     for rows in call.chunks:
-        out = None if kept is None else kept.logits[rows]
-        z = torch.mm(tokens[rows], weight.T, out=out)
-        cost = _chunk_cost(call, rows)
-        columns = locate(call.plan.target[rows], call.shard)
-        local[:, rows] = row_statistics(z, columns, *cost, call.layout, overwrite=kept is None)
-        if kept is not None:
-            kept.costs.append(cost)
-        del z, cost  # before the next chunk's are made
+        for index, block in enumerate(call.blocks):
+            scores = _scores(tokens, weight, call, rows, block)
+            local[index, :, rows] = row_statistics(*scores, call.layout, overwrite=kept is None)
+            if kept is not None:
+                kept.append(scores)
+            del scores  # before the next are made
     return merge_statistics(gather_statistics(local, call.layout, call.shard), call.layout)
 
 
@@ -257,18 +286,24 @@ def _gradients_of_all(
     weight: Tensor,
     call: _Call,
     token: TokenGradient,
-    kept: _Kept | None,
+    kept: list[_Scores] | None,
     gradients: LinearGradients,
 ) -> None:
     keep = call.plan.keep()
-    for index, rows in enumerate(call.chunks):
-        z = torch.mm(tokens.get()[rows], weight.T) if kept is None else kept.logits[rows]
-        cost = _chunk_cost(call, rows) if kept is None else kept.costs[index]
-        columns = locate(call.plan.target[rows], call.shard)
-        kept_rows = None if keep is None else keep[rows]
-        grad_z = row_gradient(z, z, columns, token.rows(rows), *cost, kept_rows)
-        gradients.add(grad_z, tokens, weight, rows, is_last=index == len(call.chunks) - 1)
-        del z, cost, grad_z  # before the next chunk's are made
+    for rows in call.chunks:
+        kept_rows, is_last = None if keep is None else keep[rows], rows == call.chunks[-1]
+        for index, block in enumerate(call.blocks):
+            # What is kept is one chunk's.
+            scores = kept[index] if kept else _scores(tokens.get(), weight, call, rows, block)
+            grad_z = _gradient_(scores, token.rows(rows), kept_rows)
+            gradients.add(grad_z, tokens, weight, rows, block, is_last=is_last)
+            del scores, grad_z  # before the next are made
+
+
+def _gradient_(scores: _Scores, token: TokenGradient, keep: Tensor | None) -> Tensor:
+    """Return dloss/dz, written over the logits."""
+    z, target, *cost = scores
+    return row_gradient(z, z, target, token, *cost, keep)
 
 
 def _forward_with_gradients(
@@ -277,18 +312,17 @@ def _forward_with_gradients(
     """Return statistics, and gather gradients for an upstream gradient equal to the mask."""
     parts, keep = [], call.plan.keep()
     for rows in call.chunks:
-        z = torch.mm(tokens.get()[rows], weight.T)
-        cost = _chunk_cost(call, rows)
-        columns = locate(call.plan.target[rows], call.shard)
-        local = row_statistics(z, columns, *cost, call.layout)
+        formed = [_scores(tokens.get(), weight, call, rows, block) for block in call.blocks]
+        local = torch.stack([row_statistics(*scores, call.layout) for scores in formed])
         stats = merge_statistics(gather_statistics(local, call.layout, call.shard), call.layout)
         _, mle_weight, emo_weight = apply_objective(stats, call.objective)
         token = token_gradient(stats, mle_weight, emo_weight, call.mask[rows])
         kept_rows = None if keep is None else keep[rows]
-        grad_z = row_gradient(z, z, columns, token, *cost, kept_rows)
-        gradients.add(grad_z, tokens, weight, rows)
+        for block, scores in zip(call.blocks, formed, strict=True):
+            grad_z = _gradient_(scores, token, kept_rows)
+            gradients.add(grad_z, tokens, weight, rows, block)
         parts.append(stats)
-        del z, cost, grad_z  # before the next chunk's are made
+        del formed, scores, grad_z  # before the next chunk's are made
     return TokenStatistics(*map(_concatenate, zip(*parts, strict=True)))
 
 
@@ -318,8 +352,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             gradients = _gradients_for(ctx, hidden, weight, call, is_final=False)
             stats = _forward_with_gradients(tokens, weight, call, gradients)
         else:
-            if path == "logits":
-                kept = _Kept(hidden.new_empty(len(call.plan.order), len(weight)), [])
+            kept = [] if path == "logits" else None
             stats = _statistics_of_all(tokens.get(), weight, call, kept)
         outputs, mle_weight, emo_weight = apply_objective(stats, call.objective)
         ctx.save_for_backward(hidden, weight, *stats[:4], mle_weight, emo_weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_emo.loss.statistics import Shard
 from megatron_emo.loss.target_plan import TargetPlan
+from megatron_emo.loss.vocabulary_blocks import Block, OrderedReduction, TreeSum, aligned
 
 _WIDENED_ROWS = 256
 """Of a product's inner dimension, widened at a time where that has to be."""
@@ -50,7 +51,8 @@ class LinearGradients:
     """dX and dW of chunks of tokens; a chunk's dX is complete, dW is their sum, in fp32.
 
     Across ranks, dX is summed over the vocabulary's shards; under sequence parallelism each rank
-    keeps its part of the sum. That runs under the last product of dW.
+    keeps its part of the sum. That runs under the last product of dW. Over fixed blocks dX is
+    summed in fp32, in their order, and rounded once.
     """
 
     def __init__(
@@ -70,12 +72,16 @@ class LinearGradients:
             is_final: `results` are asked for; else `scaled` ones, by a number not known yet.
         """
         self._spread, self._main_grad, self._reduction = spread, main_grad, None
+        self._dtype = hidden.dtype
         self._hidden = self._weight = None
+        self._chunk_hidden = TreeSum(spread.shard.num_blocks)
         plan, wide = spread.plan, torch.promote_types(weight.dtype, torch.float32)
         if needs[0]:
-            # One more row takes what padded rows write. What is scaled later is rounded then.
+            # One more row takes what padded rows write. What is scaled or summed later is rounded
+            # then.
             shape = plan.num_tokens + plan.is_padded, hidden.shape[-1]
-            self._hidden = hidden.new_zeros(shape, dtype=hidden.dtype if is_final else wide)
+            is_rounded = is_final and not spread.shard.is_deterministic
+            self._hidden = hidden.new_zeros(shape, dtype=hidden.dtype if is_rounded else wide)
         if needs[1]:
             is_direct = is_final and main_grad is not None and main_grad.dtype == wide
             self._weight = main_grad if is_direct else torch.empty_like(weight, dtype=wide)
@@ -87,18 +93,35 @@ class LinearGradients:
         tokens: SequenceTokens,
         weight: Tensor,
         rows: slice,
+        block: Block,
         *,
         is_last: bool = False,
     ) -> None:
-        """Add a chunk's share; grad_z [rows, V/tp] in the inputs' dtype."""
+        """Add a chunk's share of one block; all blocks of a chunk in their order.
+
+        Args:
+            grad_z: [rows, block] in the inputs' dtype.
+            weight: [V/tp, h].
+            is_last: the chunk is the last.
+        """
         if self._hidden is not None:
             grad = self._hidden.new_empty(len(grad_z), weight.shape[1])
-            add_product_(grad, grad_z, weight, overwrite=True)
-            self._hidden.index_copy_(0, self._spread.plan.order[rows], grad)
-            if is_last:
-                self._reduction = _Reduction(self._hidden, self._spread)
+            add_product_(grad, grad_z, block.rows_of(weight), overwrite=True)
+            grad = self._chunk_hidden.add(grad)
+            if grad is not None:
+                self._hidden.index_copy_(0, self._spread.plan.order[rows], grad)
+                if is_last:
+                    self._reduction = self._reduce(self._hidden)
         if self._weight is not None:
-            add_product_(self._weight, grad_z.T, tokens.get()[rows], overwrite=self._is_unset)
+            self._add_to_weight(block, grad_z.T, tokens.get()[rows])
+
+    def _add_to_weight(self, block: Block, grad_z: Tensor, tokens: Tensor) -> None:
+        share = self._weight[block.rows]
+        total = aligned(share) if block.shard.is_deterministic else share
+        add_product_(total, grad_z, tokens, overwrite=self._is_unset)
+        if total is not share:
+            share.copy_(total)
+        if block.rows.stop == len(self._weight):
             self._is_unset = False
 
     def results(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -118,8 +141,10 @@ class LinearGradients:
         """Return `results` times a number; overwrites these gradients."""
         grad_hidden, grad_weight = self._hidden, self._weight_sum()
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.mul_(scale).to(hidden.dtype)
-            self._reduction = _Reduction(grad_hidden, self._spread)
+            if self._spread.shard.is_deterministic:  # the sum is scaled, not its parts
+                self._reduction = self._reduce(grad_hidden, scale)
+            else:
+                self._reduction = self._reduce(grad_hidden.mul_(scale).to(hidden.dtype))
         if grad_weight is not None and self._main_grad is not None:
             self._main_grad.addcmul_(grad_weight, scale)
             grad_weight = placeholder_grad(weight)
@@ -138,6 +163,20 @@ class LinearGradients:
         if self._reduction is None:  # no token counts on any rank
             return torch.zeros_like(hidden)
         return self._reduction.get().view(hidden.shape)
+
+    def _reduce(
+        self, summand: Tensor, scale: Tensor | None = None
+    ) -> _Reduction | OrderedReduction:
+        shard = self._spread.shard
+        if not shard.is_deterministic:
+            return _Reduction(summand, self._spread)
+        return OrderedReduction(
+            summand[: self._spread.plan.num_tokens],
+            shard.tp_group,
+            self._dtype,
+            keep_part=self._spread.sequence_parallel,
+            scale=scale,
+        )
 
 
 class _Reduction:

@@ -56,6 +56,10 @@ class Shard(NamedTuple):
     partition_vocab_size: int
     tp_group: dist.ProcessGroup | None
     """None for one rank."""
+    num_blocks: int = 1
+    """Equal blocks it is worked off in, one by one (see `vocabulary_blocks`)."""
+    is_deterministic: bool = False
+    """The blocks are the same however many ranks there are, and nothing may depend on ranks."""
 
 
 class Columns(NamedTuple):
@@ -102,11 +106,35 @@ class TokenGradient(NamedTuple):
         return TokenGradient(*(x[rows] for x in self))
 
 
-def make_shard(partition_vocab_size: int, tp_group: dist.ProcessGroup | None) -> Shard:
-    """Return this rank's shard of an evenly split vocabulary."""
+def make_shard(
+    partition_vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    deterministic_blocks: int | None = None,
+) -> Shard:
+    """Return this rank's shard of an evenly split vocabulary.
+
+    Raises:
+        ValueError: deterministic_blocks that the ranks or the vocabulary cannot be split by.
+    """
     if tp_group is None or tp_group.size() == 1:
-        return Shard(0, partition_vocab_size, None)
-    return Shard(dist.get_rank(tp_group) * partition_vocab_size, partition_vocab_size, tp_group)
+        shard = Shard(0, partition_vocab_size, None)
+    else:
+        start = dist.get_rank(tp_group) * partition_vocab_size
+        shard = Shard(start, partition_vocab_size, tp_group)
+    if deterministic_blocks is None:
+        return shard
+    num_ranks, vocab_size = 1 if shard.tp_group is None else tp_group.size(), full_vocab_size(shard)
+    if deterministic_blocks % num_ranks:
+        raise ValueError(
+            f"deterministic_blocks: expected a multiple of the {num_ranks} tensor-parallel ranks, "
+            f"got {deterministic_blocks}"
+        )
+    if vocab_size % deterministic_blocks:
+        raise ValueError(
+            f"deterministic_blocks: expected a divisor of the padded vocabulary {vocab_size}, "
+            f"got {deterministic_blocks}"
+        )
+    return shard._replace(num_blocks=deterministic_blocks // num_ranks, is_deterministic=True)
 
 
 def full_vocab_size(shard: Shard) -> int:
@@ -122,33 +150,37 @@ def locate(token_ids: Tensor, shard: Shard) -> Columns:
 
 
 def gather_statistics(statistics: Tensor, layout: Layout, shard: Shard) -> Tensor:
-    """Return all ranks' statistics [tp, S, N], in rank order; one all-gather, none on one rank.
+    """Return all blocks' statistics [blocks, S, N], in the order of the vocabulary, from those of
+    this shard's; one all-gather, none on one rank. Blocks are the ranks' parts unless fixed.
 
-    Overwrites columns of this shard with token ids.
+    Overwrites columns of these blocks with token ids.
     """
     if layout.argmax:
-        statistics[-1] += shard.vocab_start_index
+        size = shard.partition_vocab_size // len(statistics)
+        for index, block in enumerate(statistics):
+            block[-1] += shard.vocab_start_index + index * size
     if shard.tp_group is None:
-        return statistics[None]
+        return statistics
     gathered = statistics.new_empty(shard.tp_group.size(), *statistics.shape)
     dist.all_gather(list(gathered.unbind()), statistics, group=shard.tp_group)
-    return gathered
+    return gathered.flatten(0, 1)
 
 
 def merge_statistics(statistics: Tensor, layout: Layout) -> TokenStatistics:
-    """Return the whole vocabulary's numbers from every rank's [tp, S, N], summed in rank order."""
-    shard_max, shard_target = statistics[:, 0], statistics[:, 1]
-    logits_max, z_target = shard_max.amax(dim=0), shard_target.amax(dim=0)
-    scale = torch.where(shard_max == -torch.inf, 0.0, torch.exp(shard_max - logits_max))
+    """Return the whole vocabulary's numbers from every block's [blocks, S, N], summed in their
+    order."""
+    block_max, block_target = statistics[:, 0], statistics[:, 1]
+    logits_max, z_target = block_max.amax(dim=0), block_target.amax(dim=0)
+    scale = torch.where(block_max == -torch.inf, 0.0, torch.exp(block_max - logits_max))
     num_sums = 1 + layout.cost + layout.entropy
     sums = statistics[:, 2 : 2 + num_sums] * scale[:, None]
     if layout.entropy:
-        # e^z z was taken about each shard's own maximum; move it to the common one.
-        sums[:, -1] += sums[:, 0] * (shard_max - logits_max).clamp(min=EXP_UNDERFLOW)
+        # e^z z was taken about each block's own maximum; move it to the common one.
+        sums[:, -1] += sums[:, 0] * (block_max - logits_max).clamp(min=EXP_UNDERFLOW)
     # An explicit loop: a reduction may choose its order by shape.
     total = sums[0]
-    for shard_sums in sums[1:]:
-        total = total + shard_sums
+    for block_sums in sums[1:]:
+        total = total + block_sums
     others = total[0]
     shifted_target = z_target - logits_max
     target_exp = torch.exp(shifted_target)
@@ -161,8 +193,8 @@ def merge_statistics(statistics: Tensor, layout: Layout) -> TokenStatistics:
         mean_logit = total[-1] + target_exp * shifted_target.clamp(min=EXP_UNDERFLOW)
         entropy = log_sum_exp - mean_logit / sum_exp
     if layout.argmax:
-        # The lowest id among the shards that hold the maximum.
-        ids = torch.where(shard_max == logits_max, statistics[:, -1], torch.inf).amin(dim=0)
+        # The lowest id among the blocks that hold the maximum.
+        ids = torch.where(block_max == logits_max, statistics[:, -1], torch.inf).amin(dim=0)
         argmax = ids.nan_to_num(nan=0.0, posinf=0.0).long()
     mle_loss = log_sum_exp - shifted_target
     return TokenStatistics(logits_max, log_sum_exp, mle_loss, emo_loss, entropy, argmax)

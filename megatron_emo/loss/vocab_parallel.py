@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_emo.config import check_deterministic_blocks
 from megatron_emo.cost_embedding import unit_rows
 from megatron_emo.loss.checks import check_inputs, check_targets
 from megatron_emo.loss.kernels import row_gradient, row_statistics
@@ -33,6 +34,7 @@ from megatron_emo.loss.statistics import (
 )
 from megatron_emo.loss.target_cost import cost_of_targets
 from megatron_emo.loss.target_plan import PlannedTargets, plan_targets
+from megatron_emo.loss.vocabulary_blocks import blocks_of
 from megatron_emo.objectives import Objective
 
 
@@ -50,6 +52,7 @@ def vocab_parallel_loss(
     return_entropy: bool = False,
     return_argmax: bool = False,
     planned: PlannedTargets | None = None,
+    deterministic_blocks: int | None = None,
 ) -> LossOutput:
     """Return the objective's loss for each token from vocabulary-sharded logits.
 
@@ -80,12 +83,19 @@ def vocab_parallel_loss(
         return_argmax: also give the likeliest token.
         planned: from `PlannedTargets`, made of the same target, loss_mask and table; else made
             here, which on a GPU waits for the device.
+        deterministic_blocks: K, a power of two that the number of ranks divides and that divides
+            V: results and gradient have the same bits at any such number of ranks, on the same
+            kind of device, build and number of threads (see `vocabulary_blocks`). Other K give
+            other last digits. The all-gather then brings 4 numbers per token and block. None
+            leaves the order of sums to the ranks.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a missing cost embedding, or targets outside
-            [0, vocab_size) where the mask keeps them (with their count and the first).
+        ValueError: shapes or dtypes that do not fit, a missing cost embedding, targets outside
+            [0, vocab_size) where the mask keeps them (with their count and the first), or blocks
+            that the vocabulary or the ranks cannot be split into.
     """
-    shard = make_shard(vocab_parallel_logits.shape[-1], tp_group)
+    check_deterministic_blocks(deterministic_blocks)
+    shard = make_shard(vocab_parallel_logits.shape[-1], tp_group, deterministic_blocks)
     check_inputs(vocab_parallel_logits, target, objective, cost_embedding, loss_mask, shard)
     flat_target = target.reshape(-1)
     keep = None if loss_mask is None else loss_mask.reshape(-1) != 0
@@ -94,7 +104,7 @@ def vocab_parallel_loss(
     # Masked targets may be -100; row 0 stands in, its loss and gradient are dropped.
     flat_target = flat_target if keep is None else torch.where(keep, flat_target, 0)
 
-    cost, cost_row = None, None
+    blocks, costs, cost_row = blocks_of(shard), None, None
     if cost_embedding is not None:
         unit_embedding = cost_embedding.detach()
         if not cost_embedding_is_normalized:
@@ -102,18 +112,21 @@ def vocab_parallel_loss(
         if planned is None:
             planned = PlannedTargets(plan_targets(target, loss_mask), unit_embedding, shard)
         compute_dtype = torch.promote_types(vocab_parallel_logits.dtype, torch.float32)
-        cost = cost_of_targets(planned.rows(), unit_embedding, compute_dtype)
+        costs = [
+            cost_of_targets(planned.rows(), block.rows_of(unit_embedding), compute_dtype)
+            for block in blocks
+        ]
         cost_row = planned.plan.restore(planned.plan.cost_row)
 
     results = _VocabParallelLoss.apply(
         vocab_parallel_logits.reshape(-1, shard.partition_vocab_size),
         flat_target,
         keep,
-        cost,
+        costs or [None] * len(blocks),
         cost_row,
         objective,
         shard,
-        Layout(cost is not None, return_entropy, return_argmax),
+        Layout(costs is not None, return_entropy, return_argmax),
     )
     return LossOutput(*(x if x is None else x.view(target.shape) for x in results))
 
@@ -122,17 +135,30 @@ class _VocabParallelLoss(torch.autograd.Function):
     """Statistics and the objective in the forward, the closed-form gradient in the backward.
 
     Saves the logits themselves (no copy), the cost rows [U, V/tp] and a few numbers per token.
+    Fixed blocks are worked off as copies of their columns, one at a time.
     """
 
     @staticmethod
-    def forward(ctx, logits, target, keep, cost, cost_row, objective, shard, layout):
-        local = row_statistics(logits, locate(target, shard), cost, cost_row, layout)
+    def forward(ctx, logits, target, keep, costs, cost_row, objective, shard, layout):
+        local = torch.stack(
+            [
+                row_statistics(
+                    block.columns_of(logits),
+                    locate(target, block.shard),
+                    cost,
+                    cost_row,
+                    layout,
+                    overwrite=shard.is_deterministic,
+                )
+                for block, cost in zip(blocks_of(shard), costs, strict=True)
+            ]
+        )
         stats = merge_statistics(gather_statistics(local, layout, shard), layout)
         outputs, mle_weight, emo_weight = apply_objective(stats, objective)
         if keep is not None:
             outputs = [x if x is None else torch.where(keep, x, 0) for x in outputs]
         ctx.save_for_backward(
-            logits, target, keep, cost, cost_row, *stats[:4], mle_weight, emo_weight
+            logits, target, keep, cost_row, *stats[:4], mle_weight, emo_weight, *costs
         )
         ctx.shard = shard
         ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
@@ -140,10 +166,15 @@ class _VocabParallelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        logits, target, keep, cost, cost_row, *stats, mle_weight, emo_weight = ctx.saved_tensors
+        logits, target, keep, cost_row, *saved = ctx.saved_tensors
+        (*stats, mle_weight, emo_weight), costs = saved[:6], saved[6:]
         stats = TokenStatistics(*stats, entropy=None, argmax=None)
         token = token_gradient(stats, mle_weight, emo_weight, grad_loss)
-        columns = locate(target, ctx.shard)
         grad = torch.empty_like(logits)
-        row_gradient(logits, grad, columns, token, cost, cost_row, keep)
+        for block, cost in zip(blocks_of(ctx.shard), costs, strict=True):
+            z = block.columns_of(logits)
+            out = z if ctx.shard.is_deterministic else grad
+            row_gradient(z, out, locate(target, block.shard), token, cost, cost_row, keep)
+            if out is not grad:
+                grad[:, block.rows] = out
         return grad, None, None, None, None, None, None, None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_emo.config import (
+    DETERMINISTIC_BLOCKS,
     LOSS_PATHS,
     OUTPUT_LAYER,
     CostEmbeddingConfig,
@@ -105,8 +106,28 @@ def add_emo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=LossPathConfig.workspace_mb,
         help="MiB that logits or their chunks may take on a rank. Default: %(default)s.",
     )
+    _add_deterministic_settings(group)
     _add_objective_settings(group)
     return parser
+
+
+def _add_deterministic_settings(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--emo-deterministic-tp",
+        action="store_true",
+        help="Give the loss and its gradients by hidden states and output weight the same bits at "
+        "any tensor-parallel size that divides --emo-deterministic-blocks, for the same padded "
+        "vocabulary, device, build and threads. The transformer's own all-reduces are Megatron's "
+        "and keep the order of their ranks. Default: off.",
+    )
+    group.add_argument(
+        "--emo-deterministic-blocks",
+        metavar="K",
+        type=int,
+        default=DETERMINISTIC_BLOCKS,
+        help="With --emo-deterministic-tp: blocks of the padded vocabulary, a power of two, summed "
+        "in a fixed order; runs to be compared need the same K. Default: %(default)s.",
+    )
 
 
 def _add_objective_settings(group: argparse._ArgumentGroup) -> None:
@@ -159,6 +180,9 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
         uses_cost = build_objective(objective).uses_cost
         schedule = ScheduleConfig(args.emo_start_iter, args.emo_ramp_iters)
         loss_path = LossPathConfig(args.emo_loss_path, args.emo_workspace_mb)
+        if args.emo_deterministic_tp:
+            blocks = args.emo_deterministic_blocks
+            loss_path = replace(loss_path, deterministic_blocks=blocks)
     except ValueError as error:
         flags = [f"--emo-{name.replace('_', '-')}" for name in _OBJECTIVE_FLAGS]
         raise ValueError(
@@ -174,6 +198,8 @@ def emo_config_from_args(args: argparse.Namespace) -> EmoConfig:
     if source is not None:
         cost_embedding = _cost_embedding_config(args, source)
     _check_loss_path(args)
+    if args.emo_deterministic_tp:
+        _check_deterministic(args)
     return EmoConfig(objective, cost_embedding, schedule, loss_path)
 
 
@@ -201,6 +227,28 @@ def _check_loss_path(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--emo-loss-path {args.emo_loss_path}: does not go with {obstacle}, which needs the "
             "output layer's own product; use --emo-loss-path logits"
+        )
+
+
+def _check_deterministic(args: argparse.Namespace) -> None:
+    """Refuse what would make bits of the loss follow the ranks again."""
+    blocks, num_ranks = args.emo_deterministic_blocks, args.tensor_model_parallel_size
+    if blocks % num_ranks:
+        raise ValueError(
+            f"--emo-deterministic-blocks: expected a multiple of --tensor-model-parallel-size "
+            f"{num_ranks}, got {blocks}"
+        )
+    obstacle = output_layer_obstacle(args)
+    if obstacle:
+        raise ValueError(
+            f"--emo-deterministic-tp: does not go with {obstacle}: the output layer's own products "
+            "have shapes that follow the ranks"
+        )
+    if args.emo_cost_dim is not None:
+        raise ValueError(
+            f"--emo-deterministic-tp: does not go with --emo-cost-dim {args.emo_cost_dim}, whose "
+            "components are summed over ranks; reduce the file once, with "
+            "tools/prepare_cost_embedding.py --cost-dim"
         )
 
 

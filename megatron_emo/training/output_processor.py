@@ -77,6 +77,7 @@ def emo_output_processor(
             weight,
             path=state.loss_path(labels.numel(), len(weight), hidden_states.element_size()),
             workspace_mb=state.config.loss_path.workspace_mb,
+            deterministic_blocks=state.config.loss_path.deterministic_blocks,
             sequence_parallel=output_layer.sequence_parallel,
             into_main_grad=output_layer.gradient_accumulation_fusion,
         )

@@ -3,13 +3,14 @@ group."""
 
 from __future__ import annotations
 
+import argparse
 import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.training import get_args, get_tokenizer, print_rank_last
+from megatron.training import get_args, get_tokenizer, print_rank_0, print_rank_last
 from torch import Tensor
 
 from megatron_emo.config import OUTPUT_LAYER
@@ -45,6 +46,8 @@ class LossState:
         self._table: Tensor | None = None
         self._table_key: Any = None
         self._auto_path: str | None = None
+        if config.loss_path.deterministic_blocks is not None:
+            _check_padded_vocabulary(args, config.loss_path.deterministic_blocks)
 
     @property
     def tp_group(self) -> dist.ProcessGroup:
@@ -106,7 +109,7 @@ class LossState:
         if config is None or config.source == OUTPUT_LAYER:
             return None
         if self._table is None:
-            start, num_rows, _ = self.shard()
+            start, num_rows = self.shard()[:2]
             rows = load_cost_embedding_shard(
                 config.source,
                 vocab_start_index=start,
@@ -146,6 +149,9 @@ class LossState:
         if self._auto_path is None:
             # At worst all targets of a microbatch differ.
             num_distinct = num_tokens if self.config.cost_embedding is not None else 0
+            if self.config.loss_path.deterministic_blocks is not None:
+                # One path at any tensor-parallel size: by what one rank would keep.
+                partition_vocab_size *= self.tp_group.size()
             self._auto_path, kept = auto_path(
                 num_tokens, num_distinct, partition_vocab_size, itemsize, workspace_mb
             )
@@ -154,6 +160,26 @@ class LossState:
                 f"{kept / 2**20:.0f} MiB of --emo-workspace-mb {workspace_mb}"
             )
         return self._auto_path
+
+
+def _check_padded_vocabulary(args: argparse.Namespace, num_blocks: int) -> None:
+    """Raise ValueError where the padded vocabulary has no such blocks; print it otherwise, since
+    runs with other padding compute another loss."""
+    padded, num_ranks = args.padded_vocab_size, args.tensor_model_parallel_size
+    divisible_by = args.make_vocab_size_divisible_by
+    if padded % num_blocks:
+        raise ValueError(
+            f"--emo-deterministic-tp: expected a padded vocabulary divisible by "
+            f"--emo-deterministic-blocks {num_blocks}, got {padded}, the vocabulary rounded up to "
+            f"a multiple of --make-vocab-size-divisible-by {divisible_by} times "
+            f"--tensor-model-parallel-size {num_ranks}; it must be the same at every size, so "
+            f"keep that product the same, a multiple of {num_blocks}"
+        )
+    print_rank_0(
+        f"> loss over {num_blocks} vocabulary blocks of {padded // num_blocks}: the same bits at "
+        f"tensor-parallel sizes that divide {num_blocks}, where the padded vocabulary is {padded} "
+        f"(--make-vocab-size-divisible-by {divisible_by} times {num_ranks} ranks)"
+    )
 
 
 def _finished_iterations() -> int:
