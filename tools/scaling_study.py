@@ -1,5 +1,8 @@
-"""Scaling studies: from a table of runs to a law.
+"""Scaling studies: from a budget to runs, from runs to a law, and of two objectives which pays.
 
+python tools/scaling_study.py plan --plan examples/scaling/plan_isoflop.yaml --device h100
+python tools/scaling_study.py compare --csv runs.csv \\
+    --columns objective=objective,params=N,tokens=D,loss=loss,seed=seed
 python tools/scaling_study.py fit --csv runs.csv --columns params=N,tokens=D,loss=val_loss \\
     --approach 3 --bootstrap 500 --json law.json
 """

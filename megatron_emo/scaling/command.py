@@ -6,6 +6,8 @@ import argparse
 import importlib
 
 COMMANDS = {
+    "plan": ("plan_command", "the runs of a study with their FLOPs, hours and memory"),
+    "compare": ("compare_command", "objectives on the runs of one study: losses and speedups"),
     "fit": ("fit_command", "a law from a table of runs, with intervals"),
 }
 """Subcommand: (module with add_arguments(parser) and run(args), what it is for)."""

@@ -6,7 +6,7 @@ import csv
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -197,12 +197,12 @@ def _read_cells(
     kept, dropped = [], []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        header = reader.fieldnames or []
+        header = _of_csv(path, reader, lambda: reader.fieldnames) or []
         for flag, names in (("--columns", columns.values()), ("--where", where)):
             for name in names:
                 if name not in header:
                     raise ValueError(f"{flag}: {name!r}: expected one of {header} of {path}")
-        for row in reader:
+        while (row := _of_csv(path, reader, lambda: next(reader, None))) is not None:
             if any(row[name] != value for name, value in where.items()):
                 continue
             cells = {
@@ -216,6 +216,13 @@ def _read_cells(
             else:
                 kept.append((reader.line_num, cells))
     return kept, dropped
+
+
+def _of_csv[T](path: Path, reader: csv.DictReader, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except csv.Error as error:
+        raise ValueError(f"--csv {path}: line {reader.line_num}: {error}") from error
 
 
 def _number(cell: str | None, name: str, path: Path, reader: csv.DictReader) -> float | None:

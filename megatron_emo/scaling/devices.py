@@ -1,0 +1,75 @@
+"""Nominal rates and memory of devices, as their vendors state them: dense, without sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+PRECISIONS = ("bf16", "fp8")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU, in FLOP/s, bytes and bytes/s."""
+
+    name: str
+    """As torch.cuda.get_device_name() says it, or the part of that which is fixed."""
+    bf16_flops: float
+    fp8_flops: float | None
+    """None where it has none."""
+    memory: float
+    bandwidth: float
+    """Of its memory."""
+    link_bandwidth: float
+    """To the other GPUs of its node, in one direction."""
+    source: str
+
+    def peak_flops(self, precision: str) -> float:
+        """Return its FLOP/s in a precision.
+
+        Raises:
+            ValueError: a precision that it does not have.
+        """
+        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops}
+        if not rates.get(precision):
+            known = [name for name, rate in rates.items() if rate]
+            raise ValueError(
+                f"precision: expected one of {known} of {self.name}, got {precision!r}"
+            )
+        return rates[precision]
+
+
+DEVICES = {
+    "a100-40gb": Device(
+        *("NVIDIA A100-SXM4-40GB", 312e12, None, 40e9, 1.555e12, 300e9, "A100 datasheet"),
+    ),
+    "a100": Device(
+        *("NVIDIA A100-SXM4-80GB", 312e12, None, 80e9, 2.039e12, 300e9, "A100 datasheet"),
+    ),
+    "h100": Device(
+        *("NVIDIA H100 80GB HBM3", 989.4e12, 1978.9e12, 80e9, 3.35e12, 450e9, "H100 datasheet"),
+    ),
+    "h200": Device(
+        *("NVIDIA H200", 989.4e12, 1978.9e12, 141e9, 4.8e12, 450e9, "H200 datasheet"),
+    ),
+    "b200": Device(
+        *("NVIDIA B200", 2250e12, 4500e12, 180e9, 7.7e12, 900e9, "DGX B200 datasheet, per GPU"),
+    ),
+    "l40s": Device(
+        *("NVIDIA L40S", 362e12, 733e12, 48e9, 864e9, 32e9, "L40S datasheet; PCIe 4.0 x16"),
+    ),
+    "mi300x": Device(
+        *("AMD Instinct MI300X", 1307.4e12, 2614.9e12, 192e9, 5.3e12, 448e9, "MI300X datasheet"),
+    ),
+}
+
+
+def find_device(name: str) -> Device:
+    """Return the device of a key of DEVICES.
+
+    Raises:
+        ValueError: none of that name.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
+    return DEVICES[name]

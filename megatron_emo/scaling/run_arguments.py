@@ -1,0 +1,58 @@
+"""A planned run as Megatron's flags."""
+
+from __future__ import annotations
+
+from megatron_emo.scaling.plan import Run
+
+
+def megatron_arguments(run: Run) -> list[str]:
+    """Return the flags of model, objective, batch, schedule and seed.
+
+    Left to the launcher: data, tokenizer, parallelism, precision, checkpoints and logs.
+    """
+    shape, optimizer = run.shape, run.optimizer
+    flags: dict[str, object] = {
+        "--objective": run.objective.objective,
+        "--num-layers": shape.num_layers,
+        "--hidden-size": shape.hidden_size,
+        "--num-attention-heads": shape.num_attention_heads,
+        "--ffn-hidden-size": shape.ffn_hidden_size,
+        "--seq-length": shape.seq_length,
+        "--max-position-embeddings": shape.learned_positions or shape.seq_length,
+        "--position-embedding-type": "learned_absolute" if shape.learned_positions else "rope",
+        "--normalization": shape.normalization,
+        "--vocab-size": run.vocab_size,
+        "--make-vocab-size-divisible-by": run.make_vocab_size_divisible_by,
+        "--micro-batch-size": run.micro_batch,
+        "--global-batch-size": run.batch,
+        "--train-iters": run.steps,
+        "--lr": optimizer.learning_rate,
+        "--min-lr": optimizer.min_learning_rate,
+        "--lr-decay-style": optimizer.decay_style,
+        "--lr-decay-iters": run.steps,
+        "--lr-warmup-iters": optimizer.warmup_steps,
+        "--adam-beta1": optimizer.beta1,
+        "--adam-beta2": optimizer.beta2,
+        "--weight-decay": optimizer.weight_decay,
+        "--clip-grad": optimizer.clip_grad,
+        "--seed": run.seed,
+    }
+    if optimizer.decay_style == "WSD":
+        flags["--lr-wsd-decay-style"] = "linear"
+        flags["--lr-wsd-decay-iters"] = optimizer.decay_steps
+    if shape.num_query_groups is not None:
+        flags["--num-query-groups"] = shape.num_query_groups
+    if shape.num_experts is not None:
+        flags["--num-experts"] = shape.num_experts
+        flags["--moe-router-topk"] = shape.moe_router_topk
+        flags["--moe-ffn-hidden-size"] = shape.expert_ffn
+    switches = {
+        "--group-query-attention": shape.num_query_groups is not None,
+        "--swiglu": shape.swiglu,
+        "--disable-bias-linear": not shape.add_bias_linear,
+        "--add-qkv-bias": shape.add_qkv_bias,
+        "--qk-layernorm": shape.qk_layernorm,
+        "--untie-embeddings-and-output-weights": shape.untie_embeddings_and_output_weights,
+    }
+    words = [word for flag, value in flags.items() for word in (flag, str(value))]
+    return words + [flag for flag, on in switches.items() if on] + list(run.arguments)
