@@ -3,6 +3,7 @@
 # make test       everything that needs no GPU and ends within minutes
 # make smollm2    SmolLM2-135M (93 MB) in .venv/models/smollm2, for test-slow and examples/calibration
 # make test-slow  what takes longer; run before a release
+# make fuzz       every parser for SECONDS (default 600) each, into runs/fuzz
 # make gpu-check  what only a CUDA device can prove, into runs/gpu_check.json; bounds kept or exit 1
 # make check      what CI runs: lint, then test
 # make format     write what lint asks for
@@ -14,7 +15,7 @@ SMOLLM2 := $(VENV)/models/smollm2/config.json
 # One thread per rank: the tests and the quickstart run two ranks on as few as two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: env smollm2 quickstart test test-slow gpu-check check lint format clean
+.PHONY: env smollm2 quickstart test test-slow fuzz gpu-check check lint format clean
 
 env: $(STAMP)
 
@@ -52,6 +53,12 @@ test: env
 test-slow: env smollm2
 	$(VPY) -m pytest -m "slow and not gpu"
 
+# TARGETS="cost_table documents" limits it to these.
+SECONDS ?= 600
+fuzz: env
+	$(VPY) -m pip install --quiet --disable-pip-version-check -c constraints.txt atheris
+	$(VPY) tests/fuzz/run.py --seconds $(SECONDS) $(if $(TARGETS),--target $(TARGETS))
+
 gpu-check: env
 	$(VPY) tools/gpu_check.py --json runs/gpu_check.json
 
@@ -60,6 +67,8 @@ check: lint test
 lint: env
 	$(VPY) -m ruff check .
 	$(VPY) -m ruff format --check .
+	$(VPY) -m bandit --quiet --recursive --configfile pyproject.toml \
+	    megatron_emo tools examples pretrain_gpt_emo.py
 
 format: env
 	$(VPY) -m ruff check --fix .

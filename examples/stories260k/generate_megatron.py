@@ -28,7 +28,9 @@ def generate(checkpoint: Path, prompt: str, max_new_tokens: int) -> str:
 
     folder, beside = resolve_checkpoint_dir(checkpoint), checkpoint / "tokenizer"
     args = read_arguments(folder)
-    tokenizer = AutoTokenizer.from_pretrained(beside, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        beside, local_files_only=True, trust_remote_code=False
+    )
     end = GenerationConfig.from_pretrained(beside, local_files_only=True).eos_token_id
     ids = tokenizer(prompt)["input_ids"]
     room = args.max_position_embeddings - len(ids)

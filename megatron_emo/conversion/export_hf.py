@@ -38,6 +38,7 @@ from megatron_emo.conversion.tokenizer_files import (
     write_generation_config,
     write_tokenizer,
 )
+from megatron_emo.foreign_files import code_keys
 from megatron_emo.torch_dist import read_arguments, resolve_checkpoint_dir
 
 
@@ -299,6 +300,8 @@ def _config(
 
     known = getattr(args, "hf_config", {}) if reference is None else reference.to_diff_dict()
     known = dict(known) if known.get("model_type") == settings.model_type else {}
+    if code := code_keys(known):
+        raise ConversionError(f"{where}: its hf_config names {', '.join(code)}; expected no code")
     has_reference = bool(known)
     known.pop("model_type", None)
     # Derived by the class from what it is given.

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from megatron_emo.conversion.errors import ConversionError
+from megatron_emo.conversion.gguf_header import check_gguf_header
 from megatron_emo.conversion.staging import Staging
 
-_MAGIC = b"GGUF"
 _PRE_TOKENIZER = "tokenizer.ggml.pre"
 _DIGITS_APART = ("smollm",)
 """Names under which llama.cpp splits digits off one by one before it applies GPT-2's pattern.
@@ -56,7 +56,7 @@ def unpack_gguf(
     say(f"{file.name}: reading {file.stat().st_size:,} bytes")
     try:
         model, tokenizer = _load(file, dtype)
-    except (ValueError, NotImplementedError, KeyError) as error:
+    except (ArithmeticError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise ConversionError(f"--gguf {file}: transformers cannot read it: {error}") from error
     if pre_tokenizer in _DIGITS_APART:
         _split_digits(tokenizer)
@@ -68,19 +68,15 @@ def unpack_gguf(
 
 
 def _read_pre_tokenizer(file: Path) -> str:
-    if not file.is_file():
-        raise FileNotFoundError(f"--gguf {file}: no such file")
-    with open(file, "rb") as stream:
-        magic = stream.read(len(_MAGIC))
-    if magic != _MAGIC:
-        raise ConversionError(f"--gguf {file}: it begins with {magic!r}, expected {_MAGIC!r}")
+    check_gguf_header(file)
     from gguf import GGUFReader
 
     try:
         field = GGUFReader(file).get_field(_PRE_TOKENIZER)
-    except (ValueError, IndexError) as error:
-        raise ConversionError(f"--gguf {file}: damaged or cut off: {error}") from error
-    return "" if field is None else field.contents()
+        found = "" if field is None else field.contents()
+    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise ConversionError(f"--gguf {file}: damaged or cut off: {error!r}") from error
+    return found if isinstance(found, str) else ""
 
 
 def _load(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from functools import cached_property
@@ -13,6 +12,12 @@ from torch import Tensor
 
 from megatron_emo.conversion.errors import ConversionError
 from megatron_emo.conversion.safetensors_io import DTYPES, StoredTensor, read_header, read_tensor
+from megatron_emo.foreign_files import (
+    code_in_folder,
+    file_inside,
+    read_weight_map,
+    refuse_links_out,
+)
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -39,6 +44,7 @@ class HFFolder:
         FileNotFoundError: no such folder, config.json or weights.
         ConversionError: code in the folder, which is not run; a damaged or truncated file; shards
             that the index does not list, or that hold other tensors than it says.
+        ValueError: JSON that is none, names and links that lead out of the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,7 +58,14 @@ class HFFolder:
         """The transformers config."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        try:
+            return AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # each config class has its own way to fail
+            raise ConversionError(
+                f"--hf {self.path}: config.json: transformers cannot read it: {error}"
+            ) from error
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -96,10 +109,9 @@ class HFFolder:
         index, single = self.path / INDEX, self.path / "model.safetensors"
         if index.is_file():
             names = sorted(set(self._weight_map().values()))
-            # Files beside the index only, whatever it says.
-            files = [self.path / Path(name).name for name in names]
+            files = [file_inside(self.path, name, index) for name in names]
         elif single.is_file():
-            files = [single]
+            files = [file_inside(self.path, single.name, self.path)]
         else:
             pickles = sorted(entry.name for entry in self.path.glob("pytorch_model*.bin"))
             hint = f"found {pickles}, which are pickles and not read" if pickles else "found none"
@@ -124,12 +136,12 @@ class HFFolder:
             )
 
     def _weight_map(self) -> dict[str, str]:
-        return json.loads((self.path / INDEX).read_text())["weight_map"]
+        return read_weight_map(self.path / INDEX)
 
     def _compare_with_index(self, found: dict[str, StoredTensor]) -> None:
         if not (self.path / INDEX).is_file():
             return
-        listed = {name: Path(file).name for name, file in self._weight_map().items()}
+        listed = self._weight_map()
         absent = sorted(set(listed) - set(found))
         if absent:
             raise ConversionError(
@@ -146,11 +158,7 @@ class HFFolder:
             )
 
     def _refuse_code(self) -> None:
-        scripts = sorted(entry.name for entry in self.path.glob("*.py"))
-        for name in ("config.json", "tokenizer_config.json"):
-            file = self.path / name
-            if file.is_file() and "auto_map" in json.loads(file.read_text()):
-                scripts.append(f"auto_map in {name}")
+        scripts = code_in_folder(self.path)
         if scripts:
             raise ConversionError(
                 f"--hf {self.path}: found {', '.join(scripts)}; a model with code of its own is "
@@ -159,8 +167,13 @@ class HFFolder:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files from folder to folder and return their names."""
+    """Copy the tokenizer's files from folder to folder and return their names.
+
+    Raises:
+        ValueError: one that is a link to a file elsewhere, which would be published.
+    """
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    refuse_links_out(source, tuple(names))
     if names:
         target.mkdir(exist_ok=True)
     for name in names:

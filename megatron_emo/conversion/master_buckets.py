@@ -59,7 +59,8 @@ class MasterBuckets(TensorReader):
         result = torch.empty(self.shapes[key][depth:], dtype=torch.float32)
         for chunk in self._pieces(key, index):
             place = self._found[key, tuple(chunk.offsets)]
-            assert place is not None
+            if place is None:
+                raise KeyError(f"{key} at {tuple(chunk.offsets)}: no master was found")
             numbers = self._read_range(place, chunk.sizes.numel()).reshape(chunk.sizes)
             at = tuple(n - o for n, o in zip(index, chunk.offsets, strict=False))
             spans = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_emo.conversion.errors import ConversionError
-from megatron_emo.torch_dist import TRACKER, resolve_checkpoint_dir, tensor_shapes
+from megatron_emo.torch_dist import TRACKER, TensorReader, resolve_checkpoint_dir
 from megatron_emo.training import compat, cpu
 from megatron_emo.training.model_arguments import add_model_arguments, model_config_from_args
 
@@ -163,19 +163,30 @@ def load_checkpoint(
     Inside `one_process()`. The embedding and the output layer may have fewer or more rows than the
     checkpoint, whose padding is then cut, or filled with zeros. In the model's dtype.
 
+    Tensors alone are read, by `torch_dist`: Megatron's own `dist_checkpointing.load` unpickles the
+    index and the common state, and so runs what a checkpoint from elsewhere asks for.
+
     Raises:
-        FileNotFoundError, ValueError: as `torch_dist.resolve_checkpoint_dir`.
+        FileNotFoundError, ValueError: as `torch_dist.resolve_checkpoint_dir` and `TensorReader`.
         ConversionError: a tensor that is missing, left over or of another shape, by name.
     """
-    from megatron.core import dist_checkpointing
-
-    folder = resolve_checkpoint_dir(checkpoint_dir, iteration)
-    sharded = _sharded_weights(model)
-    _check_same_tensors(folder, sharded)
-    loaded = dist_checkpointing.load(
-        {"model": sharded}, str(folder), validate_access_integrity=False
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensorFactory,
+        apply_factories,
+        apply_factory_merges,
     )
-    model.load_state_dict(loaded["model"], strict=False)
+
+    reader = TensorReader(resolve_checkpoint_dir(checkpoint_dir, iteration))
+    sharded = _sharded_weights(model)
+    _check_same_tensors(reader, sharded)
+    factories = {k: item for k, item in sharded.items() if isinstance(item, ShardedTensorFactory)}
+    apply_factories(sharded)
+    loaded = dict_list_map_inplace(
+        lambda item: _read_part(reader, item) if isinstance(item, ShardedTensor) else item, sharded
+    )
+    model.load_state_dict(apply_factory_merges(loaded, factories), strict=False)
 
 
 def save_checkpoint(
@@ -263,24 +274,38 @@ def _sharded_weights(model: torch.nn.Module) -> dict[str, Any]:
     return {name: item for name, item in sharded.items() if not name.endswith("_extra_state")}
 
 
-def _check_same_tensors(folder: Path, sharded: dict[str, Any]) -> None:
+def _read_part(reader: TensorReader, item: Any) -> Tensor:
+    """Return what a ShardedTensor stands for; zeros where a mismatch is allowed and nothing is."""
+    depth = item.prepend_axis_num
+    whole = reader.read(item.key, tuple(item.global_offset[:depth]))
+    starts = item.global_offset[depth:]
+    spans = zip(starts, item.local_shape, strict=True)
+    part = whole[tuple(slice(start, start + size) for start, size in spans)]
+    if part.shape == tuple(item.local_shape):
+        return part
+    filled = part.new_zeros(item.local_shape)
+    filled[tuple(slice(size) for size in part.shape)] = part
+    return filled
+
+
+def _check_same_tensors(reader: TensorReader, sharded: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
     expected = dict(sharded)
     apply_factories(expected)
     wanted = {item.key: item for item in _leaves(expected) if isinstance(item, ShardedTensor)}
-    stored = tensor_shapes(folder)
+    stored, where = reader.shapes, f"checkpoint {reader.folder}"
     missing = sorted(wanted.keys() - stored.keys())
     if missing:
-        raise ConversionError(f"checkpoint {folder}: no tensors {missing}, which the model has")
+        raise ConversionError(f"{where}: no tensors {missing}, which the model has")
     left = sorted(key for key in stored.keys() - wanted.keys() if _is_of_a_model(key))
     if left:
-        raise ConversionError(f"checkpoint {folder}: the model has no parameters {left}")
+        raise ConversionError(f"{where}: the model has no parameters {left}")
     for key, item in wanted.items():
         if not item.allow_shape_mismatch and tuple(item.global_shape) != stored[key]:
             raise ConversionError(
-                f"checkpoint {folder}: {key} has the shape {stored[key]}, expected "
+                f"{where}: {key} has the shape {stored[key]}, expected "
                 f"{tuple(item.global_shape)} from the arguments"
             )
 

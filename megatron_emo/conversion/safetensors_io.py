@@ -8,6 +8,7 @@ JSON header, the header, then the tensors' bytes, row-major and little-endian.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,20 +57,46 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise ConversionError(f"{file}: expected a safetensors file, found {size} bytes")
         try:
             header = json.loads(stream.read(header_size))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConversionError(f"{file}: expected a safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise ConversionError(f"{file}: expected a safetensors header, found a {type(header)}")
     header.pop("__metadata__", None)
-    base = 8 + header_size
-    end = base + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    found = {name: _stored(file, name, header[name], 8 + header_size) for name in header}
+    end = 8 + header_size
+    for name, (tensor, num_bytes_stored) in sorted(found.items(), key=_start):
+        if tensor.start != end:
+            raise ConversionError(
+                f"{file}: {name} begins at byte {tensor.start}, expected {end}, where the tensor "
+                "before it ends"
+            )
+        end += num_bytes_stored
     if end != size:
         raise ConversionError(
             f"{file}: expected {end} bytes by its header, found {size}: truncated or damaged"
         )
-    return {
-        name: StoredTensor(file, base + entry["data_offsets"][0], tuple(entry["shape"]), dtype)
-        for name, entry in header.items()
-        for dtype in [entry["dtype"]]
-    }
+    return {name: tensor for name, (tensor, _) in found.items()}
+
+
+def _start(item: tuple[str, tuple[StoredTensor, int]]) -> tuple[int, int]:
+    tensor, num_bytes_stored = item[1]
+    return tensor.start, num_bytes_stored
+
+
+def _stored(file: Path, name: str, entry: Any, base: int) -> tuple[StoredTensor, int]:
+    """Return where a tensor lies, and its bytes by its offsets."""
+    entry = entry if isinstance(entry, dict) else {}
+    offsets, shape, dtype = (entry.get(key) for key in ("data_offsets", "shape", "dtype"))
+    are_whole = all(
+        isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        for numbers in (offsets, shape)
+    )
+    if not are_whole or len(offsets) != 2 or offsets[0] > offsets[1] or not isinstance(dtype, str):
+        raise ConversionError(f"{file}: {name}: expected dtype, shape and offsets, found {entry}")
+    count = offsets[1] - offsets[0]
+    if dtype in DTYPES and count != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ConversionError(f"{file}: {name}: found {count} bytes for {dtype} of shape {shape}")
+    return StoredTensor(file, base + offsets[0], tuple(shape), dtype), count
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
+import pickle  # nosec B403 # written, never read
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

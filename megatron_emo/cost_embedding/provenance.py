@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_emo.cost_embedding.sources import head_names, megatron_head, resolve_hf_dir
+from megatron_emo.foreign_files import read_json_object
 from megatron_emo.torch_dist import read_arguments, resolve_checkpoint_dir
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -61,6 +61,6 @@ def _hub_commit(folder: Path) -> str:
     place, note = folder.absolute(), folder / _DOWNLOAD_NOTE
     candidates = [place.name] if place.parent.name == "snapshots" else []
     candidates += note.read_text().splitlines()[:1] if note.is_file() else []
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json_object(folder / "config.json")
     candidates.append(str(config.get("_commit_hash", "")))
     return next((word for word in candidates if _COMMIT.fullmatch(word)), "")

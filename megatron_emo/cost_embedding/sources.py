@@ -7,7 +7,6 @@ figures that show what a table is like.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_emo.cost_embedding import unit_rows
+from megatron_emo.foreign_files import code_in_folder, read_weight_map, refuse_links_out
 from megatron_emo.torch_dist import (
     read_arguments,
     read_tensor,
@@ -55,6 +55,7 @@ def resolve_hf_dir(model_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: no config.json there.
+        ValueError: a model with code of its own.
     """
     folder = Path(model_dir)
     main = folder / "refs" / "main"
@@ -62,6 +63,10 @@ def resolve_hf_dir(model_dir: str | Path) -> Path:
         folder = folder / "snapshots" / Path(main.read_text().strip()).name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--from-hf {folder}: expected a folder with config.json")
+    if code := code_in_folder(folder):
+        raise ValueError(
+            f"--from-hf {folder}: found {', '.join(code)}, which is not run; expected none"
+        )
     return folder
 
 
@@ -242,11 +247,10 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """The file of each tensor in a Hugging Face folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        # Files beside the index only, whatever it says.
-        return {name: folder / Path(file).name for name, file in weight_map.items()}
+        return {name: folder / file for name, file in read_weight_map(index).items()}
     single = folder / "model.safetensors"
     if single.is_file():
+        refuse_links_out(folder, (single.name,))
         return dict.fromkeys(_safetensor_names(single), single)
     binaries = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     hint = (

@@ -187,11 +187,12 @@ def _start_worker(options: EncoderOptions) -> None:
 def _exit_with_parent() -> None:
     """End this worker when the parent is gone: a killed one cannot tell it to stop."""
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def _encode_in_worker(batch: list[RawDocument]) -> EncodedBatch:
-    assert _worker_encoder is not None
+    if _worker_encoder is None:
+        raise RuntimeError("a tokenizer worker began without its encoder")
     return _worker_encoder(batch)

@@ -19,6 +19,7 @@ BLOCK = 64
 """Texts whose features a cache keeps at a time, so that a run which was cut off goes on."""
 
 _SECONDS_BETWEEN_LINES = 5.0
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def compute_features(
@@ -106,7 +107,7 @@ def resolve_max_tokens(model_dir: str | os.PathLike, max_tokens: int | None) -> 
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config = AutoConfig.from_pretrained(model_dir, **_LOCAL)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if max_tokens is None:
         return min(MAX_TOKENS, positions or MAX_TOKENS)
@@ -125,7 +126,7 @@ class _Batches:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **_LOCAL)
         encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
         instead = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         instead = next((token for token in instead if token is not None), None)
@@ -140,7 +141,7 @@ class _Batches:
         self.order = np.argsort([len(ids) for ids in self.ids], kind="stable")
         self.batch_size = batch_size
         self.device = device
-        model = AutoModel.from_pretrained(model_dir, local_files_only=True, dtype=torch.float32)
+        model = AutoModel.from_pretrained(model_dir, dtype=torch.float32, **_LOCAL)
         self.model = model.to(device).eval()
 
     def compute(self, rows: Sequence[int]) -> Iterator[np.ndarray]:

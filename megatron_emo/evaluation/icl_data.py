@@ -198,7 +198,7 @@ def _read_csv(path: Path, task: Task) -> Iterator[Row]:
     reader = csv.reader(
         io.StringIO(_decode(path, task.encoding), newline=""), delimiter=task.delimiter
     )
-    rows = ((reader.line_num, row) for row in reader if row)
+    rows = ((reader.line_num, row) for row in _rows(reader, path) if row)
     names = next(rows, (0, []))[1] if task.header else None
     for line, row in rows:
         where = f"{path}:{line}"
@@ -208,6 +208,13 @@ def _read_csv(path: Path, task: Task) -> Iterator[Row]:
         yield where, *_pick(columns, task, where)
 
 
+def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: expected CSV: {error}") from error
+
+
 def _read_jsonl(path: Path, task: Task) -> Iterator[Row]:
     for number, line in enumerate(_read_lines(path, task.encoding), 1):
         if not line.strip():
@@ -215,7 +222,7 @@ def _read_jsonl(path: Path, task: Task) -> Iterator[Row]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object, got {type(row).__name__}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 import string
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -22,6 +23,10 @@ _KINDS = {
     **{"str": (str, "text"), "bool": (bool, "true or false"), "int": (int, "a whole number")},
     **{"float": ((float, int), "a number"), "tuple": (list, "a list"), "Mapping": (dict, "a map")},
 }
+
+
+_YAML_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What PyYAML's constructors raise of scalars that are not of their type, beside its own."""
 
 
 class TaskError(ValueError):
@@ -39,9 +44,9 @@ class Task:
     """label-text: "label text" a line; parallel: texts and labels in two files, a line each; csv;
     jsonl: one object a line."""
     files: Mapping[str, Any]
-    """train and test, or `all`, which is cut by `train_share`; paths below --data or absolute. A
-    path may hold one *: what it stands for becomes the column `group`. For `parallel` each is a
-    map with the paths `text` and `label`."""
+    """train and test, or `all`, which is cut by `train_share`; paths below --data. A path may hold
+    one *: what it stands for becomes the column `group`. For `parallel` each is a map with the
+    paths `text` and `label`."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """The label as the data has it: the words of the template. Two may share their words."""
     choices: tuple = ()
@@ -151,7 +156,16 @@ def _check_files(task: Task) -> None:
         if task.format == "parallel" and not is_pair:
             raise TaskError(f"files: {split}: parallel: expected a map of text and label")
         if task.format != "parallel" and not isinstance(value, str):
-            raise TaskError(f"files: {split}: expected a path, got {value!r}")
+            raise TaskError(f"files: {split}: expected a path, got {_show(value)}")
+        for path in value.values() if is_pair else [value]:
+            _check_path(split, path)
+
+
+def _check_path(split: str, path: object) -> None:
+    """A task from elsewhere reads what lies below --data, and nothing of the user's beside it."""
+    parts = PurePath(path).parts if isinstance(path, str) and "\0" not in path else ("..",)
+    if ".." in parts or PurePath(*parts).is_absolute():
+        raise TaskError(f"files: {split}: expected a path below --data, got {_show(path)}")
 
 
 def built_in_names() -> list[str]:
@@ -172,9 +186,17 @@ def load_task(name: str) -> Task:
         raise TaskError(f"--task: expected a .yaml file or one of {known}, got {name!r}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return parse_task(content)
-    except (yaml.YAMLError, TaskError, UnicodeDecodeError) as error:
+    except (*_YAML_ERRORS, yaml.YAMLError) as error:
         raise TaskError(f"--task {path}: {error}") from error
+    try:
+        return parse_task(content)
+    except TaskError as error:
+        raise TaskError(f"--task {path}: {error}") from error
+
+
+def _show(value: object) -> str:
+    # YAML's aliases make lists of lists, whose whole text has no end.
+    return reprlib.repr(value)
 
 
 def is_task_file(name: str) -> bool:
@@ -200,9 +222,12 @@ def parse_task(content: Any) -> Task:
     for name, value in content.items():
         kind, expected = _KINDS[known[name].type.split("[")[0]]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise TaskError(f"{name}: expected {expected}, got {value!r}")
+            raise TaskError(f"{name}: expected {expected}, got {_show(value)}")
     values["labels"] = {str(label): word for label, word in content.get("labels", {}).items()}
     values["choices"] = tuple(content.get("choices", ()))
+    for name, words in (("labels", values["labels"].values()), ("choices", values["choices"])):
+        if wrong := [word for word in words if not isinstance(word, str)]:
+            raise TaskError(f"{name}: expected words, got {_show(wrong[0])}")
     return Task(**values)
 
 

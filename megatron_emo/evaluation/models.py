@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_emo.evaluation.records import Json, Record, hash_file, hash_model
+from megatron_emo.foreign_files import code_in_folder
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 BATCH_TOKENS = 2048
@@ -122,14 +123,18 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder, or one without config.json.
-        ValueError: what transformers cannot load, weights that are missing, an unknown dtype or
-            device.
+        ValueError: what transformers cannot load, code in the folder, weights that are missing, an
+            unknown dtype or device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{flag} {folder}: expected a folder with config.json")
+    if code := code_in_folder(folder):
+        raise ValueError(
+            f"{flag} {folder}: found {', '.join(code)}, which is not run; expected none"
+        )
     if dtype not in (*DTYPES, "auto"):
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, auto, got {dtype!r}")
     place = resolve_device(device)

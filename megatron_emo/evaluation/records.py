@@ -133,7 +133,8 @@ def _find_commit() -> str:
         return "unknown"
     try:
         run = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 20}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **run)  # nosec B607 # the user's own git
+        commit = head.stdout.strip()
         status = ["git", "status", "--porcelain", "--untracked-files=no"]
         return commit + ("-dirty" if subprocess.run(status, **run).stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
@@ -173,7 +174,7 @@ def _read_file(path: Path, is_named: bool) -> list[Record]:
     """Folders may hold other JSON, as settings of a run: left out. A file named must be records."""
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         if not is_named:
@@ -181,8 +182,8 @@ def _read_file(path: Path, is_named: bool) -> list[Record]:
         raise RecordError(f"{path}: schema: expected {SCHEMA!r}")
     try:
         return [Record.from_json(record) for record in content["records"]]
-    except (RecordError, TypeError) as error:
-        raise RecordError(f"{path}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecordError(f"{path}: expected a list of records: {error!r}") from error
 
 
 def hash_file(path: str | os.PathLike) -> str:

@@ -130,7 +130,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected an object, got {type(row).__name__}")

@@ -46,7 +46,7 @@ def read_texts(path: str | os.PathLike, field: str = "text", limit: int | None =
 def _parse(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of 5000 digits, endless nesting
         raise ValueError(f"{where}: expected JSON: {error}") from error
 
 

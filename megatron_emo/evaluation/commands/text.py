@@ -288,7 +288,9 @@ def _split(texts: list[str], tokenizer_dir: str | None) -> list[list[str]]:
         return [text.split() for text in texts]
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_dir, local_files_only=True, trust_remote_code=False
+    )
     return [tokenizer.tokenize(text) for text in texts]
 
 

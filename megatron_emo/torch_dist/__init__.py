@@ -1,23 +1,18 @@
 """Single tensors and the saved arguments of Megatron's torch_dist checkpoints, without Megatron.
 
 Such a checkpoint holds pickles, and unpickling runs what the file asks for. Here the index is read
-by an unpickler that knows torch's index classes only, and everything else with `weights_only=True`,
-so that a checkpoint from elsewhere can be looked into without being trusted.
+by `index`, which knows torch's index classes only, and everything else with
+`weights_only=True`, so that a checkpoint from elsewhere can be looked into without being trusted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import enum
-import importlib
 import io
-import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,12 +20,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
+
+from megatron_emo.foreign_files import file_inside, warn_if_world_writable
+from megatron_emo.torch_dist.index import DAMAGE, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"
@@ -39,6 +37,8 @@ COMMON_STATE = "common_state/shard_0_1"
 
 def resolve_checkpoint_dir(checkpoint_dir: str | Path, iteration: int | None = None) -> Path:
     """Return the folder of one iteration, from it or from the run's folder that holds it.
+
+    Warns (WorldWritableWarning) of one into which every user may write.
 
     Args:
         iteration: which one; by default what latest_checkpointed_iteration.txt names.
@@ -51,6 +51,7 @@ def resolve_checkpoint_dir(checkpoint_dir: str | Path, iteration: int | None = N
     if not root.is_dir():
         raise FileNotFoundError(f"checkpoint {root}: no such folder")
     if iteration is None and (root / ".metadata").is_file():
+        warn_if_world_writable(root)
         return root
     folder = root / _iteration_folder(root, iteration)
     if not folder.is_dir():
@@ -62,6 +63,7 @@ def resolve_checkpoint_dir(checkpoint_dir: str | Path, iteration: int | None = N
             f"checkpoint {folder}: expected the torch_dist format (a .metadata file), which "
             f"--ckpt-format torch_dist writes; found {found}"
         )
+    warn_if_world_writable(folder)
     return folder
 
 
@@ -80,13 +82,7 @@ def read_tensor(folder: str | Path, key: str) -> Tensor:
         KeyError: no tensor of that name.
         ValueError: an index that holds more than torch's own classes, a damaged file.
     """
-    reader = _SafeReader(folder)
-    item = reader.read_metadata().state_dict_metadata[key]
-    if not isinstance(item, TensorStorageMetadata):
-        raise KeyError(key)
-    tensor = torch.empty(item.size, dtype=item.properties.dtype)
-    _load(reader, {key: tensor})
-    return tensor
+    return TensorReader(folder).read(key)
 
 
 class TensorReader:
@@ -100,6 +96,7 @@ class TensorReader:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
         self._reader = _SafeReader(folder)
         self._metadata = self._reader.read_metadata()
         items = self._metadata.state_dict_metadata.items()
@@ -115,41 +112,52 @@ class TensorReader:
             ValueError: pieces that are damaged, absent or do not cover it.
         """
         item, depth = self._items[key], len(index)
+        chunks = [
+            chunk
+            for chunk in item.chunks
+            if all(o <= n < o + size for n, o, size in zip(index, *_bounds(chunk), strict=False))
+        ]
+        # Before anything is allocated: a damaged index may name any size.
+        self._check_covered(key, index, chunks)
         result = torch.empty(item.size[depth:], dtype=item.properties.dtype)
-        covered = 0
-        for chunk in item.chunks:
-            bounds = zip(index, chunk.offsets, chunk.sizes, strict=False)
-            if not all(start <= number < start + size for number, start, size in bounds):
-                continue
+        for chunk in chunks:
             piece = self._read_piece(key, chunk.offsets, chunk.sizes)
             piece = piece[tuple(n - o for n, o in zip(index, chunk.offsets, strict=False))]
             spans = zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)
             result[tuple(slice(start, start + size) for start, size in spans)] = piece
-            covered += piece.numel()
-        if covered != result.numel():
-            raise ValueError(
-                f"checkpoint {self._reader.path}: {key}{list(index) or ''}: expected "
-                f"{result.numel()} numbers in its pieces, found {covered}"
-            )
         return result
+
+    def _check_covered(
+        self, key: str, index: tuple[int, ...], chunks: list[ChunkStorageMetadata]
+    ) -> None:
+        depth = len(index)
+        by_place = {tuple(chunk.offsets): chunk.sizes[depth:].numel() for chunk in chunks}
+        covered, expected = sum(by_place.values()), self._items[key].size[depth:].numel()
+        if covered != expected or len(by_place) != len(chunks):
+            raise ValueError(
+                f"checkpoint {self.folder}: {key}{list(index) or ''}: expected {expected} numbers "
+                f"in its pieces, found {covered} in {len(by_place)} places"
+            )
 
     def _read_piece(self, key: str, offsets: torch.Size, sizes: torch.Size) -> Tensor:
         where = self._metadata.storage_data.get(MetadataIndex(key, offsets))
         if where is None or where.transform_descriptors:
             raise ValueError(
-                f"checkpoint {self._reader.path}: {key} at {tuple(offsets)}: "
+                f"checkpoint {self.folder}: {key} at {tuple(offsets)}: "
                 + ("no such piece" if where is None else f"stored by {where.transform_descriptors}")
             )
-        # Beside the index only, whatever it says.
-        file = Path(self._reader.path) / Path(where.relative_path).name
+        file = file_inside(self.folder, where.relative_path, self.folder / ".metadata")
         try:
             with open(file, "rb") as stream:
                 data = self._reader._slice_file(stream, where)
                 piece = torch.load(cast(Any, data), map_location="cpu", weights_only=True)
-        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file}: reading {key} at {tuple(offsets)}: {error}") from error
-        if piece.shape != sizes:
-            raise ValueError(f"{file}: {key}: expected {tuple(sizes)}, found {tuple(piece.shape)}")
+        except DAMAGE as error:
+            where_in = f"{key} at {tuple(offsets)}"
+            raise ValueError(f"checkpoint {file}: reading {where_in}: {error}") from error
+        expected = (sizes, self.dtypes[key])
+        found = (piece.shape, piece.dtype) if isinstance(piece, Tensor) else type(piece)
+        if found != expected:
+            raise ValueError(f"{file}: {key}: expected {expected}, found {found}")
         return piece
 
 
@@ -162,13 +170,18 @@ def read_arguments(folder: str | Path) -> argparse.Namespace | None:
     legacy = Path(folder) / "common.pt"
     try:
         if legacy.is_file():
-            common = _load_inert(io.BytesIO(legacy.read_bytes()))
+            file = file_inside(folder, legacy.name, folder)
+            common = _load_inert(io.BytesIO(file.read_bytes()))
         else:
             common = _load(_SafeReader(folder), {COMMON_STATE: io.BytesIO()})[COMMON_STATE][0]
         arguments = common["args"]
-    except (pickle.UnpicklingError, LookupError, RuntimeError, TypeError, ValueError):
+    except DAMAGE:
         return None
     return arguments if isinstance(arguments, argparse.Namespace) else None
+
+
+def _bounds(chunk: ChunkStorageMetadata) -> tuple[torch.Size, torch.Size]:
+    return chunk.offsets, chunk.sizes
 
 
 def _iteration_folder(root: Path, iteration: int | None) -> str:
@@ -199,55 +212,16 @@ def _load(reader: _SafeReader, state: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"checkpoint {reader.path}: reading {list(state)}: {causes}"
             ) from error
+        except DAMAGE as error:
+            raise ValueError(f"checkpoint {reader.path}: reading {list(state)}: {error}") from error
     return planner.state_dict
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """torch's reader with an index unpickler that admits index classes only."""
+    """torch's reader, which unpickles the index by `read_index`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = cast(Metadata, _IndexUnpickler(io.BytesIO(path.read_bytes())).load())
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise ValueError(f"{path}: expected torch's checkpoint index: {error}") from error
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Admits the dataclasses and enums of torch's checkpoint index, sizes, dtypes, and paths."""
-
-    _CLASS_MODULES = tuple(
-        f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem")
-    )
-    _OLDER_MEGATRON = {
-        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
-    }
-    _OTHERS = {
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib._local", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._OLDER_MEGATRON:
-            return SimpleNamespace
-        if (module, name) in self._OTHERS:
-            return getattr(importlib.import_module(module), name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in self._CLASS_MODULES:
-            found = getattr(importlib.import_module(module), name)
-            is_enum = isinstance(found, type) and issubclass(found, enum.Enum)
-            if is_enum or (isinstance(found, type) and dataclasses.is_dataclass(found)):
-                return found
-        raise pickle.UnpicklingError(f"found {module}.{name}, which has no place there")
+        return read_index(Path(self.path) / ".metadata")
 
 
 class _SafePlanner(dcp.DefaultLoadPlanner):
