@@ -34,6 +34,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_emo.training import finite
 from megatron_emo.training.microbatch import Microbatch
 from megatron_emo.training.output_processor import emo_output_processor
 from megatron_emo.training.state import LossState
@@ -208,6 +209,7 @@ def loss_func(
         name: torch.stack([value.float(), count.float()])
         for name, (value, count) in microbatch.report(loss_mask).items()
     }
+    finite.note_losses(report)
     _validate(loss)
     return loss, num_tokens, report
 
