@@ -8,7 +8,7 @@ import time
 
 _PROGRAM_START = time.time()  # before the imports, which Megatron's start-up report counts
 
-from megatron_emo.training.run import pretrain_gpt  # noqa: E402
+from megatron_emo.training.run import main  # noqa: E402
 
 if __name__ == "__main__":
-    pretrain_gpt(program_start=_PROGRAM_START)
+    main(program_start=_PROGRAM_START)

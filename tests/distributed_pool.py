@@ -150,7 +150,7 @@ def _work(rank: int, world_size: int, directory: str, tasks: Any, answers: Any) 
 
 
 def _import_by_path(path: str) -> Any:
-    name = "distributed_" + Path(path).stem
+    name = f"distributed_{Path(path).parent.name}_{Path(path).stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
