@@ -19,6 +19,7 @@ def apply_repairs() -> None:
     skip_compile_helpers()
     keep_synchronous_saves_in_process()
     repair_distributed_optimizer_resume()
+    zero_padding_of_optimizer_buckets()
 
 
 def repair_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -108,6 +109,36 @@ def repair_distributed_optimizer_resume() -> None:
     optimizer_class.load_state_dict = load_with_a_step_for_each
     optimizer_class._set_main_param_and_optimizer_states = set_all_but_step
     optimizer_class.is_resume_repaired = True
+
+
+def zero_padding_of_optimizer_buckets() -> None:
+    """Save zeros between the parameters of the distributed optimizer's buckets.
+
+    Upstream saves `torch.empty` there, so that two equal runs have different checkpoints, with
+    whatever lay in memory. Open in 0.19.2 (core/optimizer/distrib_optimizer.py,
+    sharded_param_state_dp_reshardable).
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    upstream = DistributedOptimizer.sharded_param_state_dp_reshardable
+    if hasattr(upstream, "has_zero_padding"):
+        return
+
+    def sharded_param_state_dp_reshardable(self, *args, **kwargs):
+        state = upstream(self, *args, **kwargs)
+        buckets = [state[index] for index in range(len(self.gbuf_ranges))]
+        in_dtypes = [in_dtype for bucket in buckets for in_dtype in bucket.values()]
+        parts = [part for in_dtype in in_dtypes for bucket in in_dtype for part in bucket]
+        for part in parts:
+            if part["padding"].unwrap():
+                for entry in part.values():
+                    if isinstance(entry, ShardedTensor):
+                        entry.data.zero_()
+        return state
+
+    sharded_param_state_dp_reshardable.has_zero_padding = True
+    DistributedOptimizer.sharded_param_state_dp_reshardable = sharded_param_state_dp_reshardable
 
 
 def reset_megatron_state() -> None:

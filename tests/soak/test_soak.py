@@ -133,7 +133,8 @@ def check_cycles(folder: str, num_cycles: int) -> None:
 
     from megatron_emo.conversion import megatron_model
 
-    warm_up = max(3, num_cycles // 10)
+    # The allocator settles over about 200 cycles: 1.8 MiB in the first 200, 0.1 in the next.
+    warm_up = max(3, num_cycles)
     with temporary_folder(Path(folder, "tmp")) as temporary, megatron_model.one_process():
         model = megatron_model.build_model(model_arguments())
         for cycle in range(num_cycles + warm_up):
@@ -158,8 +159,7 @@ def check_cycles(folder: str, num_cycles: int) -> None:
                 at_warm = Usage.now(temporary)
         after = Usage.now(temporary)
     Path(folder, "report.txt").write_text(f"{at_warm}\n{after}\n")
-    # A cycle's growth may be a page here and there: 200 of them have the bound of 1,000 steps.
-    check_flat("save and resume", at_warm, after, max(num_cycles, 1000))
+    check_flat("save and resume", at_warm, after, num_cycles)
 
 
 def model_arguments():
