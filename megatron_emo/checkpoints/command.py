@@ -22,6 +22,10 @@ def verify(folder: str | Path, reads_all: bool = True) -> bool:
         return False
     run = RunFolder.read(folder)
     if run.tracker is None and run.tracker_problem is None and not run.iterations:
+        if not any(folder.glob("*.distcp")) and not (folder / ".metadata").is_file():
+            found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+            print(f"{folder}: expected a run's --save folder or one of its iter_*, found {found}")
+            return False
         return _print_one(folder, reads_all, "")
     named = [run.tracker] if run.tracker == RELEASE else []
     listed = [*named, *run.iterations]

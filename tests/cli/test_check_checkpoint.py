@@ -52,6 +52,9 @@ def test_a_runs_folder_is_as_good_as_its_latest(verify, tmp_path):
 
 def test_what_is_missing_is_named(verify, tmp_path):
     assert verify(tmp_path / "absent") == (74, "/absent: no such folder\n")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    text = "/run: expected a run's --save folder or one of its iter_*, found checkpoints\n"
+    assert verify(tmp_path / "run") == (74, text)
     write(tmp_path / "iter_0000005")
     assert verify(tmp_path)[1].endswith("no latest_checkpointed_iteration.txt\n")
     write_tracker(tmp_path, 10)
