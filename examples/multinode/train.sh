@@ -222,7 +222,7 @@ command -v "$PYTHON" >/dev/null || {
     exit 78
 }
 mkdir -p "$LOG_DIR"
-if [[ ${EMO_PREFLIGHT:-0} == 1 && -f tools/doctor.py ]]; then
+if [[ ${EMO_PREFLIGHT:-0} == 1 ]]; then
     distributed_arguments "$((MASTER_PORT + 1))" "$RUN_ID-doctor"
     "$PYTHON" -u -m megatron_emo.launch.torchrun "${DISTRIBUTED_ARGS[@]}" tools/doctor.py "${FLAGS[@]}"
 fi
