@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+HASHED_BYTES = 64 << 20
+"""Files up to this size are told apart by what they hold, larger ones by size and time."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,31 @@ def _hash(value) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash of size and time of a file, or of names, sizes and times under a folder."""
+    """Return a hash of a file, or of the names and files under a folder.
+
+    A file that was copied or unpacked again is the same; above `HASHED_BYTES` size and time decide.
+    """
     if not path.exists():
         return "missing"
     if not path.is_dir():
-        return _hash(_size_and_time(path))
+        return _hash(_file_state(path))
     files = sorted(Path(root, name) for root, _, names in os.walk(path) for name in names)
-    return _hash([[str(file.relative_to(path)), *_size_and_time(file)] for file in files])
+    return _hash([[str(file.relative_to(path)), *_file_state(file)] for file in files])
 
 
-def _size_and_time(path: Path) -> list[int]:
-    status = os.lstat(path) if path.is_symlink() and not path.exists() else os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+def _file_state(path: Path) -> list[int | str]:
+    is_broken_link = path.is_symlink() and not path.exists()
+    status = os.lstat(path) if is_broken_link else os.stat(path)
+    if is_broken_link or status.st_size > HASHED_BYTES:
+        return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, _hash_content(str(path), status.st_size, status.st_mtime_ns)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_content(path: str, size: int, mtime_ns: int) -> str:
+    """Size and time are there for the cache: a file is read again where they have changed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_change(old: Stamp, new: Stamp) -> str:

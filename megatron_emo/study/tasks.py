@@ -55,7 +55,7 @@ def run_tasks(
     """Run the tasks whose files are not up to date, at most `jobs` at a time.
 
     A task follows those that make its inputs. It is skipped where log_dir/NAME.json says that the
-    same command made its outputs from the same inputs (sizes and times); otherwise it runs, with
+    same command made its outputs from the same inputs (their content); otherwise it runs, with
     its output in log_dir/NAME.log. When one fails its last lines are printed and the others are
     ended, or, with `keep_going`, all that does not build on it is run. Ctrl-C and SIGTERM end the
     tasks' process groups.

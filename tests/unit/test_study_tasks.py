@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_emo.study import stamps
 from megatron_emo.study.processes import Clock
 from megatron_emo.study.tasks import Task, TaskError, format_status, order_tasks, run_tasks
 
@@ -60,12 +61,29 @@ def test_a_change_reruns_what_builds_on_it(tmp_path, chain):
     assert ran(tmp_path) == "abc" and (tmp_path / "c").read_text() == "22"
     (tmp_path / "b").unlink()
     run_tasks(chain, log)
-    assert ran(tmp_path) == "bc"
+    assert ran(tmp_path) == "b", "what is made again as it was changes nothing"
     c, b, a = chain
     run_tasks([Task(c.name, (*c.command, "more"), c.outputs, c.inputs), b, a], log)
     assert ran(tmp_path) == "c"
     run_tasks([Task(c.name, (*c.command, "more"), c.outputs, c.inputs, {"X": "1"}), b, a], log)
     assert ran(tmp_path) == "c"
+
+
+def test_a_file_copied_again_is_the_same_up_to_a_size(tmp_path, chain, monkeypatch):
+    log, source = tmp_path / "log", tmp_path / "source"
+    run_tasks(chain, log)
+    ran(tmp_path)
+    os.utime(source, (1, 1))
+    run_tasks(chain, log)
+    assert ran(tmp_path) == ""
+    source.write_text("2")  # of the same size
+    run_tasks(chain, log)
+    assert ran(tmp_path) == "abc"
+    monkeypatch.setattr(stamps, "HASHED_BYTES", 0)
+    before = stamps.fingerprint(source)
+    assert stamps.fingerprint(source) == before
+    os.utime(source, (1, 1))
+    assert stamps.fingerprint(source) != before
 
 
 def test_a_folder_counts_with_all_that_lies_in_it(tmp_path):
