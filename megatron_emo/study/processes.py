@@ -43,7 +43,18 @@ class Running:
 
 
 class Runner:
-    """One run over tasks in order; `needs` is what `order_tasks` returns."""
+    """One run over tasks in order; `needs` is what `order_tasks` returns.
+
+    Whether a task is to run, where its output goes and whether it ended well is said by `_why_run`,
+    `_open` and `_close`, of which another kind of task has its own.
+    """
+
+    lock_name = ".lock"
+    """Of the file in `log_dir` that a runner and all it started hold."""
+    grace: float | None = None
+    """Seconds between SIGTERM and SIGKILL; None: GRACE."""
+    look_every: float | None = None
+    """Seconds after which `_look` is called where nothing happens."""
 
     def __init__(
         self, needs: Mapping[Task, frozenset[str]], log_dir: Path, jobs: int, keep_going: bool
@@ -60,7 +71,8 @@ class Runner:
     def run(self) -> None:
         """Run all, as `run_tasks` says."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(self.log_dir) as self.lock, _catch_signals(self.events):
+        lock = self.log_dir / self.lock_name
+        with hold_lock(lock) as self.lock, _catch_signals(self.events):
             try:
                 self._announce()
                 self._loop()
@@ -69,16 +81,20 @@ class Runner:
         self._report()
 
     def _announce(self) -> None:
-        left = self.clock.time_left(self.waiting, self.log_dir)
+        left = self._time_left()
         about = f", about {format_seconds(left)}" if left else ""
         print(f"{len(self.waiting)} tasks, {self.jobs} at a time{about}; logs in {self.log_dir}")
 
     def _loop(self) -> None:
         while True:
             self._start_ready()
-            if not self.running:
+            if not self.running and not self._expects_more():
                 return
-            event = self.events.get()
+            try:
+                event = self.events.get(timeout=self.look_every)
+            except queue.Empty:
+                self._look()
+                continue
             if isinstance(event, signal.Signals):
                 print(f"{event.name}: ending {', '.join(self.running)}", file=sys.stderr)
                 raise SystemExit(128 + event)
@@ -102,27 +118,48 @@ class Runner:
 
     def _start(self, task: Task) -> bool:
         """Start the task and return False, or skip it and return True."""
-        if not why_run(task, self.log_dir):
+        if not self._why_run(task):
             self.done.add(task.name)
             self._say(task, "skipped: up to date")
             return True
-        stamp, log = open_task(task, self.log_dir)
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **task.env}
-        with open(log, "wb") as file:
+        stamp, log = self._open(task)
+        process = self._launch(task, log)
+        self.running[task.name] = Running(task, process, log, stamp, time.monotonic())
+        threading.Thread(target=self._wait, args=(task.name, process), daemon=True).start()
+        return False
+
+    def _why_run(self, task: Task) -> str:
+        return why_run(task, self.log_dir)
+
+    def _open(self, task: Task) -> tuple[Stamp, Path]:
+        """Make ready for a run, and return its stamp and its log's path."""
+        return open_task(task, self.log_dir)
+
+    def _launch(
+        self,
+        task: Task,
+        log: Path,
+        mode: str = "wb",
+        env: Mapping[str, str] | None = None,
+        locks: tuple[int, ...] | None = None,
+    ) -> subprocess.Popen:
+        """Start the command, which inherits `locks`, the runner's own by default.
+
+        `env` is added to the task's.
+        """
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **task.env, **(env or {})}
+        with open(log, mode) as file:
             # In a session of its own it can be ended with all it started. The lock goes with it:
             # while it lives no other run can begin, even where this process was killed.
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                pass_fds=(self.lock,),
+                pass_fds=(self.lock,) if locks is None else locks,
             )
-        self.running[task.name] = Running(task, process, log, stamp, time.monotonic())
-        threading.Thread(target=self._wait, args=(task.name, process), daemon=True).start()
-        return False
 
     def _wait(self, name: str, process: subprocess.Popen) -> None:
         process.wait()
@@ -131,33 +168,53 @@ class Runner:
     def _finish(self, name: str) -> None:
         running = self.running.pop(name)
         seconds = time.monotonic() - running.begun
-        code = running.process.returncode
         try:
-            if code:
-                raise TaskError(f"ended with exit code {code}")
-            close_task(running.task, self.log_dir, running.stamp, seconds)
+            self._close(running, running.process.returncode, seconds)
         except TaskError as error:
-            self.failed[name] = f"{name}: {error}; log {running.log}"
-            text = f"{self.failed[name]}\n{_tail(running.log)}"
-            print(text, file=sys.stderr, flush=True)
+            self._fail(running, error)
             return
         self.done.add(name)
         self.clock.add(running.task, seconds)
         self._say(running.task, f"done in {format_seconds(seconds)}")
 
+    def _close(self, running: Running, code: int, seconds: float) -> None:
+        """Judge a task that has ended.
+
+        Raises:
+            TaskError: it did not end well.
+        """
+        if code:
+            raise TaskError(f"ended with exit code {code}")
+        close_task(running.task, self.log_dir, running.stamp, seconds)
+
+    def _fail(self, running: Running, error: TaskError) -> None:
+        name = running.task.name
+        self.failed[name] = f"{name}: {error}; log {running.log}"
+        print(f"{self.failed[name]}\n{_tail(running.log)}", file=sys.stderr, flush=True)
+
+    def _expects_more(self) -> bool:
+        """Whether a task that could not start yet may do so without another's end."""
+        return False
+
+    def _look(self) -> None:
+        """Do what is to be done from time to time, as to say how far tasks are."""
+
     def _say(self, task: Task, what: str) -> None:
-        left = self.clock.time_left(
-            [*self.waiting, *(running.task for running in self.running.values())], self.log_dir
-        )
+        left = self._time_left()
         about = f", about {format_seconds(left)} left" if left else ""
         count = f"[{len(self.done)}/{len(self.needs)}]"
         print(f"{count} {task.title or task.name} {what}{about}", flush=True)
+
+    def _time_left(self) -> float | None:
+        """Return seconds until all is done, None where nothing is known."""
+        tasks = [*self.waiting, *(running.task for running in self.running.values())]
+        return self.clock.time_left(tasks, self.log_dir)
 
     def _end_running(self) -> None:
         """End process groups, first asking; a group outlives its first process."""
         for running in self.running.values():
             _signal_group(running.process, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + (GRACE if self.grace is None else self.grace)
         for running in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.process.wait(max(0.0, deadline - time.monotonic()))
@@ -208,19 +265,20 @@ def _signal_group(process: subprocess.Popen, number: int) -> None:
 
 
 @contextlib.contextmanager
-def _lock(log_dir: Path) -> Iterator[int]:
-    """Hold log_dir/.lock.
+def hold_lock(path: Path) -> Iterator[int]:
+    """Hold a lock file, made where there is none, and give its descriptor.
 
     Raises:
         ValueError: another process holds it.
     """
-    descriptor = os.open(log_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"{log_dir}: another run, or a task of one, is at work here"
+                f"{path.parent}: another run, or a task of one, is at work here ({path.name} "
+                "is locked)"
             ) from error
         yield descriptor
     finally:

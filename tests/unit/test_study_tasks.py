@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_emo.study import stamps
-from megatron_emo.study.processes import Clock
+from megatron_emo.study.processes import Clock, Runner
 from megatron_emo.study.tasks import Task, TaskError, format_status, order_tasks, run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def test_a_failure_ends_the_others(tmp_path):
 
 
 def test_a_task_that_will_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_emo.study.processes.GRACE", 0.1)
+    monkeypatch.setattr(Runner, "grace", 0.1)
     os.mkfifo(tmp_path / "up")
     wait = f"timeout --foreground -s KILL 20 cat {tmp_path}/up"
     deaf = f"trap '' TERM; echo $$ > {tmp_path}/up; {wait} || touch {tmp_path}/lived"
