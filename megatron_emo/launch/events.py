@@ -60,6 +60,14 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "step_ms": _NUMBER,
         "work_ms": _OPTIONAL_NUMBER,
     },
+    # --emo-time-loss: output layer with its loss over a step's microbatches; None on other stages.
+    "loss_time": {
+        "forward_ms": _OPTIONAL_NUMBER,
+        "backward_ms": _OPTIONAL_NUMBER,
+        "num_microbatches": (int,),
+        "peak_bytes": (int,),
+        "device": (str,),
+    },
     "eval": {
         "data": (str,),  # validation, test
         "losses": (dict,),

@@ -24,6 +24,7 @@ from megatron_emo.scaling.recipe import (
     SizeEntry,
     check_ranges,
 )
+from megatron_emo.scaling.study_settings import DataSettings, LaunchSettings
 from megatron_emo.scaling.surfaces import Surface
 
 EQUAL = ("tokens", "flops")
@@ -137,7 +138,10 @@ class PlanSpec:
     allow: tuple[str, ...] = ()
     """Refusals to print instead."""
     arguments: tuple[str, ...] = ()
-    """Megatron's flags of every run, as its data."""
+    """Megatron's flags of every run."""
+    data: DataSettings | None = None
+    """What `run` and `score` need and `plan` does not."""
+    launch: LaunchSettings = field(default_factory=LaunchSettings)
 
     def __post_init__(self) -> None:
         if bool(self.budgets) == bool(self.tokens_per_param):
@@ -171,15 +175,17 @@ class PlanSpec:
 
 
 def read_plan_file(path: str | os.PathLike) -> PlanSpec:
-    """Return the plan of a YAML file.
+    """Return the plan of a YAML file; paths of its `data:` are made absolute.
 
     Raises:
         PlanError: no YAML, an unknown, missing or ill-formed key, with the nearest known one.
         FileNotFoundError: no such file.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return parse_plan(content)
+        spec = parse_plan(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        if spec.data is None:
+            return spec
+        return replace(spec, data=spec.data.resolved(Path(path).resolve().parent))
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise PlanError(f"--plan {path}: {error}") from error
 
@@ -198,6 +204,8 @@ def parse_plan(content: Any) -> PlanSpec:
     values["recipe"] = _parse_recipe(content.get("recipe", {}))
     for name, kind in (("loss", LossSettings), ("layout", Layout), ("rates", Rates)):
         values[name] = parse_section(kind, content.get(name, {}), name)
+    values["launch"] = parse_section(LaunchSettings, content.get("launch", {}), "launch")
+    values["data"] = _parse_data(content.get("data"))
     values["expect"] = _parse_expectation(content.get("expect", {}))
     for spec in fields(PlanSpec):
         if spec.name in content and spec.type in _KINDS:
@@ -327,6 +335,14 @@ def _parse_objectives(value: Any) -> tuple[Objective, ...]:
                 f"objectives.label: expected letters, digits, - and _, got {found[-1].label!r}"
             )
     return tuple(found)
+
+
+def _parse_data(content: Any) -> DataSettings | None:
+    if content is None:
+        return None
+    if isinstance(content, Mapping) and isinstance(content.get("path"), str):
+        content = {**content, "path": [content["path"]]}
+    return parse_section(DataSettings, content, "data")
 
 
 def _parse_recipe(content: Any) -> Recipe:

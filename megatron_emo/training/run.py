@@ -61,8 +61,10 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     from megatron_emo.training import (
         checkpointing,
         finite,
+        loss_time,
         preflight,
         recording,
+        result,
         signals,
         state,
         steps,
@@ -76,7 +78,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     exchange = exchange_of_run(timeout_s)
     preflight.check_before_start(args, config, exchange)
     megatron_training.print_rank_0(_summary(config))
-    for part in (recording, signals, finite):
+    for part in (recording, signals, finite, result, loss_time):
         part.install(args)
     checkpointing.prepare(args)
     preflight.check_resume(args, exchange)
@@ -100,6 +102,7 @@ def pretrain_gpt(argv: list[str] | None = None, program_start: float | None = No
     writer = megatron_training.get_tensorboard_writer()
     if writer:
         writer.flush()  # the last validation comes after the loop's own flush
+    result.write_at_end(args)
     if owns_process_group:
         # Threads of groups still alive at interpreter exit can abort a finished run.
         torch.distributed.destroy_process_group()
@@ -168,10 +171,17 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, EmoConfig]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    from megatron_emo.training import checkpointing, preflight, recording, signals
+    from megatron_emo.training import (
+        checkpointing,
+        loss_time,
+        preflight,
+        recording,
+        result,
+        signals,
+    )
 
     add_model_arguments(add_emo_arguments(parser))
-    for part in (preflight, checkpointing, recording, signals):
+    for part in (preflight, checkpointing, recording, signals, result, loss_time):
         part.add_arguments(parser)
     parser.error = _refuse
     return parser

@@ -40,7 +40,10 @@ MAY_IMPORT = {
     "training_curves": set(),
     "evaluation": {"objectives", "config", "foreign_files"},
     "report": {"evaluation"},
-    "scaling": {"evaluation"},
+    "scaling": {
+        *("evaluation", "conversion", "checkpoints", "report", "study", "launch"),
+        *("benchmark",),
+    },
     "study": {"evaluation"},
     "hf": {"loss", "objectives", "cost_embedding", "config"},
     "conversion": {"torch_dist", "foreign_files", "vocabulary", "training", "evaluation"},
