@@ -1,0 +1,1 @@
+"""examples/scaling: a whole scaling study of a laptop's size."""
