@@ -19,6 +19,7 @@
 #   DATA_PATH=MOCK, TOKENIZER_TYPE=HuggingFaceTokenizer, TOKENIZER_MODEL, SPLIT=99,1,0, NUM_WORKERS=1
 #   OBJECTIVE=emo1, COST_EMBEDDING=output-layer, EMO_START_ITER=0, EMO_RAMP_ITERS=0, EMO_LOSS_PATH=auto,
 #   EMO_WORKSPACE_MB=512, EMO_COST_DTYPE=bf16
+#   CHECKPOINTS=1          0: nothing is saved or resumed from, as where steps are timed
 #   SAVE_INTERVAL=500, EVAL_INTERVAL=500, EVAL_ITERS=10, LOG_INTERVAL=1
 #   DISTRIBUTED_TIMEOUT_MINUTES=10         how long a collective waits for a lost rank
 #   DISTRIBUTED_TIMEOUT_SECONDS_AFTER_INIT the same from the second iteration on; it must outlast a save
@@ -190,12 +191,16 @@ RUNNING_ARGS=(
     --tensorboard-dir "$RUN_DIR/tensorboard"
     --eval-interval "${EVAL_INTERVAL:-500}"
     --eval-iters "${EVAL_ITERS:-10}"
-    --save "$RUN_DIR/checkpoints"
-    --load "$RUN_DIR/checkpoints" # from the newest checkpoint, if there is one
-    --save-interval "${SAVE_INTERVAL:-500}"
     --emo-grace-s "$SHUTDOWN_TIMEOUT_S"
     --distributed-timeout-minutes "${DISTRIBUTED_TIMEOUT_MINUTES:-10}"
 )
+if [[ ${CHECKPOINTS:-1} == 1 ]]; then
+    RUNNING_ARGS+=(
+        --save "$RUN_DIR/checkpoints"
+        --load "$RUN_DIR/checkpoints" # from the newest checkpoint, if there is one
+        --save-interval "${SAVE_INTERVAL:-500}"
+    )
+fi
 if [[ -n ${DISTRIBUTED_TIMEOUT_SECONDS_AFTER_INIT:-} ]]; then
     RUNNING_ARGS+=(--distributed-timeout-seconds-after-init "$DISTRIBUTED_TIMEOUT_SECONDS_AFTER_INIT")
 fi

@@ -23,6 +23,12 @@ class Device:
     link_bandwidth: float
     """To the other GPUs of its node, in one direction."""
     source: str
+    network_bandwidth: float = 50e9
+    """To other nodes, in one direction, of one GPU's share of its node's network cards."""
+    num_units: int = 132
+    """Multiprocessors, which share out the tiles of a product."""
+    gpus_per_node: int = 8
+    network_source: str = "assumed: 400 Gbit/s a GPU"
 
     def peak_flops(self, precision: str) -> float:
         """Return its FLOP/s in a precision.
@@ -42,24 +48,31 @@ class Device:
 DEVICES = {
     "a100-40gb": Device(
         *("NVIDIA A100-SXM4-40GB", 312e12, None, 40e9, 1.555e12, 300e9, "A100 datasheet"),
+        *(25e9, 108, 8, "DGX A100 datasheet: 8 ports of 200 Gbit/s for 8 GPUs"),
     ),
     "a100": Device(
         *("NVIDIA A100-SXM4-80GB", 312e12, None, 80e9, 2.039e12, 300e9, "A100 datasheet"),
+        *(25e9, 108, 8, "DGX A100 datasheet: 8 ports of 200 Gbit/s for 8 GPUs"),
     ),
     "h100": Device(
         *("NVIDIA H100 80GB HBM3", 989.4e12, 1978.9e12, 80e9, 3.35e12, 450e9, "H100 datasheet"),
+        *(50e9, 132, 8, "DGX H100 datasheet: 8 ports of 400 Gbit/s for 8 GPUs"),
     ),
     "h200": Device(
         *("NVIDIA H200", 989.4e12, 1978.9e12, 141e9, 4.8e12, 450e9, "H200 datasheet"),
+        *(50e9, 132, 8, "DGX H200 datasheet: 8 ports of 400 Gbit/s for 8 GPUs"),
     ),
     "b200": Device(
         *("NVIDIA B200", 2250e12, 4500e12, 180e9, 7.7e12, 900e9, "DGX B200 datasheet, per GPU"),
+        *(50e9, 148, 8, "DGX B200 datasheet: 8 ports of 400 Gbit/s for 8 GPUs"),
     ),
     "l40s": Device(
         *("NVIDIA L40S", 362e12, 733e12, 48e9, 864e9, 32e9, "L40S datasheet; PCIe 4.0 x16"),
+        *(25e9, 142, 8, "assumed: 200 Gbit/s a GPU"),
     ),
     "mi300x": Device(
         *("AMD Instinct MI300X", 1307.4e12, 2614.9e12, 192e9, 5.3e12, 448e9, "MI300X datasheet"),
+        *(50e9, 304, 8, "assumed: 400 Gbit/s a GPU"),
     ),
 }
 

@@ -28,6 +28,8 @@ class Layout:
     distributed_optimizer: bool = True
     sequence_parallel: bool = True
     """With selective recomputation, as Megatron's formula has them; else neither."""
+    virtual_pipeline: int = 1
+    """Stages of a pipeline rank, of the interleaved schedule."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -108,7 +110,19 @@ def model_state_bytes(shape: ModelShape, layout: Layout) -> float:
     """Return bytes of weights, gradients and optimizer of the fullest stage.
 
     `compute_weight_and_optimizer_memory`: 18 a parameter, or 6 and 12 over the data-parallel ranks
-    with the distributed optimizer. Biases and learned positions are left out there, and here.
+    with the distributed optimizer.
+    """
+    dense, experts = parameters_of_rank(shape, layout)
+    return dense * _bytes_per_parameter(layout, layout.data_parallel * layout.context_parallel) + (
+        experts * _bytes_per_parameter(layout, layout.expert_data_parallel)
+    )
+
+
+def parameters_of_rank(shape: ModelShape, layout: Layout) -> tuple[float, float]:
+    """Return parameters of a rank of the fullest stage: without experts, and theirs.
+
+    As `compute_weight_and_optimizer_memory` counts them, which leaves out biases and learned
+    positions.
     """
     tp, pp = layout.tensor_parallel, layout.pipeline_parallel
     hidden = shape.hidden_size
@@ -140,10 +154,7 @@ def model_state_bytes(shape: ModelShape, layout: Layout) -> float:
     ends = 1 + int(shape.untie_embeddings_and_output_weights and pp == 1)
     cut = (own[0] / pp + mtp[0] + ends * embedding) / tp
     cut += (own[1] + norm * hidden) / pp + mtp[1]
-    experts = (own[2] / pp + mtp[2]) / (tp * layout.expert_parallel)
-    return cut * _bytes_per_parameter(layout, layout.data_parallel * layout.context_parallel) + (
-        experts * _bytes_per_parameter(layout, layout.expert_data_parallel)
-    )
+    return cut, (own[2] / pp + mtp[2]) / (tp * layout.expert_parallel)
 
 
 def _bytes_per_parameter(layout: Layout, ranks: int) -> float:
@@ -166,7 +177,9 @@ def activation_bytes(shape: ModelShape, layout: Layout, num_microbatches: int) -
     else:
         layer = tokens * hidden * (10 + 24 / tp)
     total = layer * shape.num_layers + tokens * pp * (8 + hidden)
-    if pp > 1:
+    if layout.virtual_pipeline > 1:
+        total *= 1 + (pp - 1) / (pp * layout.virtual_pipeline)
+    elif pp > 1:
         total *= min(1, num_microbatches / pp)
     return total / tp if layout.sequence_parallel else 1.05 * total
 
