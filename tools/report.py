@@ -3,9 +3,11 @@
 python tools/report.py --records results/ --html report.html --markdown report.md --png pictures/
 python tools/report.py --records results/ --rows objective --columns domain,metric --metric mauve
 python tools/report.py --check docs/results.md
+python tools/report.py --study study/ --html study/report.html
 
 Records are what tools/evaluate.py --json writes. Those that differ in their seed alone are shown as
-mean ± standard deviation. What --check reads is said in megatron_emo/report/trace.py.
+mean ± standard deviation. What --check reads is said in megatron_emo/report/trace.py. A study is a
+folder with what `scaling_study.py pictures` wrote.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ python tools/scaling_study.py compare --csv runs.csv \\
     --columns objective=objective,params=N,tokens=D,loss=loss,seed=seed
 python tools/scaling_study.py fit --csv runs.csv --columns params=N,tokens=D,loss=val_loss \\
     --approach 3 --bootstrap 500 --json law.json
+python tools/scaling_study.py pictures --csv study/runs.csv --output study/pictures
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from megatron_emo.report.layout import select
 from megatron_emo.report.markdown import format_markdown, format_table
 from megatron_emo.report.metrics import BETTER, parse_better
 from megatron_emo.report.plots import make_plots, write_plots
+from megatron_emo.report.study import Study, read_study
 from megatron_emo.report.tables import Table, make_tables
 from megatron_emo.report.trace import check_document, update_document
 
@@ -26,6 +27,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--records", nargs="+", metavar="FILE|DIR", help="record files, or folders of them")
+    add(
+        "--study",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="scaling studies, or folders of their pictures, for the page; without --records too",
+    )
     add_choices(parser)
     add("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     add("--html", type=Path, metavar="FILE", help="write one self-contained page")
@@ -100,15 +109,22 @@ def run_command(args: argparse.Namespace) -> list[str]:
     if args.check or args.update:
         lines = [_update(args.update)] if args.update else []
         return [*lines, *(_check(args.check, args.strict) if args.check else [])]
-    if not args.records:
+    if args.study and not args.html:
+        raise ValueError("--study: expected --html FILE with it, got none")
+    if not (args.records or args.study):
         raise ValueError("--records: expected files or folders, got none")
     notes = args.notes.read_text(encoding="utf-8") if args.notes else ""
+    studies = [read_study(folder) for folder in args.study]
+    if not args.records:
+        return _write_studies(args, studies, notes)
     records, tables = lay_out(args, read_records(args.records))
     better = parse_better(args.better)
     # All is made before anything is written.
     plots = make_plots(records, better) if args.html or args.png else []
     markdown = format_markdown(tables, records, better, args.title)
-    page = format_page(records, tables, plots, better, args.title, notes) if args.html else ""
+    page = (
+        format_page(records, tables, plots, better, args.title, notes, studies) if args.html else ""
+    )
     if not (args.markdown or args.html or args.png):
         return [markdown.rstrip()]
     lines = []
@@ -121,6 +137,15 @@ def run_command(args: argparse.Namespace) -> list[str]:
             f"{args.png}: no pictures, no metric has two values"
         ]
     return lines
+
+
+def _write_studies(args: argparse.Namespace, studies: Sequence[Study], notes: str) -> list[str]:
+    """The page of studies alone: other outputs are made of records."""
+    for flag in ("markdown", "png", "metric", "where"):
+        if getattr(args, flag):
+            raise ValueError(f"--{flag}: expected --records with it, got none")
+    _write(args.html, format_page([], [], [], {}, args.title, notes, studies))
+    return [f"{args.html}: {len(study.pictures)} pictures of {study.folder}" for study in studies]
 
 
 def _write(path: Path, content: str) -> None:

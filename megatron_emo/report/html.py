@@ -18,6 +18,7 @@ from megatron_emo.report.grids import (
     make_run_grid,
 )
 from megatron_emo.report.plots import DPI, Plot, draw_png
+from megatron_emo.report.study import Study
 from megatron_emo.report.tables import Table
 from megatron_emo.report.text import format_span
 
@@ -32,7 +33,7 @@ class PageError(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot in both themes, as data URIs."""
+    """A plot as data URIs, in both themes or, of a study, the light one alone."""
 
     metric: str
     name: str
@@ -69,8 +70,12 @@ def format_page(
     better: Mapping[str, str],
     title: str,
     notes: str = "",
+    studies: Sequence[Study] = (),
 ) -> str:
     """Return the page. It depends on the arguments alone: the same records give the same bytes.
+
+    Args:
+        studies: scaling studies, which come before the records, of which there may be none then.
 
     Raises:
         PageError: the page would have more than `MOST_BYTES`.
@@ -79,23 +84,51 @@ def format_page(
     def render(pictures: Sequence[Section]) -> str:
         sections = [
             *([Section("notes", "Notes", text=notes)] if notes.strip() else []),
-            Section("results", "Results", grids=[make_result_grid(t, better) for t in tables]),
-            *pictures,
-            Section("definitions", "Definitions", grids=[make_definition_grid(records, better)]),
-            Section(
-                "runs", "What was run", grids=[make_run_grid(records), *make_input_grids(records)]
-            ),
-            _record_section(records),
+            *(part for at, study in enumerate(studies, 1) for part in _study_sections(study, at)),
+            *(_record_sections(records, tables, better, pictures) if records else []),
         ]
-        return _render(title=title, summary=_summarize(records), sections=sections)
+        return _render(title=title, summary=_summarize(records, studies), sections=sections)
 
     room = MOST_BYTES - len(render([]).encode())
     if room < 0:
+        of_studies = f" and {_count(len(studies), 'study')}" if studies else ""
         raise PageError(
             f"--html: expected at most {MOST_BYTES} bytes, got {MOST_BYTES - room} from "
-            f"{len(records)} records: choose with --metric or --where"
+            f"{len(records)} records{of_studies}: choose with --metric or --where"
         )
     return render(_picture_sections([_draw_picture(plot) for plot in plots], room))
+
+
+def _record_sections(
+    records: Sequence[Record],
+    tables: Sequence[Table],
+    better: Mapping[str, str],
+    pictures: Sequence[Section],
+) -> list[Section]:
+    return [
+        Section("results", "Results", grids=[make_result_grid(t, better) for t in tables]),
+        *pictures,
+        Section("definitions", "Definitions", grids=[make_definition_grid(records, better)]),
+        Section("runs", "What was run", grids=[make_run_grid(records), *make_input_grids(records)]),
+        _record_section(records),
+    ]
+
+
+def _study_sections(study: Study, number: int) -> list[Section]:
+    """Return tables, pictures and runs of a study; its number keeps anchors apart."""
+    name = f"Scaling study {study.folder}"
+    lines = [f"Not known: {note}." for note in study.notes]
+    lines += [f"Not drawn: {reason}." for reason in study.refused]
+    pictures = [
+        Picture(shown.name, shown.name, shown.caption, shown.uri, "", shown.width, shown.height)
+        for shown in study.pictures
+    ]
+    anchor = f"study-{number}"
+    return [
+        Section(anchor, name, grids=study.tables),
+        Section(f"{anchor}-pictures", f"{name}: pictures", lines=lines, pictures=pictures),
+        Section(f"{anchor}-runs", f"{name}: what was run", grids=study.runs),
+    ]
 
 
 def _render(**values: object) -> str:
@@ -121,7 +154,16 @@ def _csp_hash(content: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def _summarize(records: Sequence[Record]) -> str:
+def _summarize(records: Sequence[Record], studies: Sequence[Study] = ()) -> str:
+    words = [
+        f"Scaling study {study.folder}: {_count(len(study.pictures), 'picture')}"
+        + (f", {_count(study.num_runs, 'run')}." if study.num_runs else ".")
+        for study in studies
+    ]
+    return " ".join([*words, *([_summarize_records(records)] if records else [])])
+
+
+def _summarize_records(records: Sequence[Record]) -> str:
     metrics = len({record.metric for record in records})
     dates = sorted(str(date) for record in records if (date := record.provenance.get("date")))
     when = f", measured {format_span(dates)} UTC" if dates else ""
@@ -129,7 +171,8 @@ def _summarize(records: Sequence[Record]) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+    plural = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number} {what if number == 1 else plural}"
 
 
 def _draw_picture(plot: Plot) -> Picture:

@@ -7,7 +7,8 @@ Runs of equal size, budget and seed are pairs. Differences are the other's loss 
 baseline's, nats/token, at equal tokens, FLOPs and (with an hours column) GPU-hours; a speedup is
 how many times the resource the baseline would need, on its own law, to reach the other's loss:
 ((L_base - F) / (L_other - F))^(1/beta) in tokens, F = E + A/N^alpha and beta of the baseline, for
-both. FLOPs should include what the loss adds (flops_all of `plan --csv`).
+both. FLOPs should include what the loss adds (flops_all of `plan --csv`). --joint tests whether one
+law does for both objectives, or two laws with one E fit better than noise would have it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from megatron_emo.scaling.compare_report import (
 from megatron_emo.scaling.decisions import decide
 from megatron_emo.scaling.downstream import MetricComparison, compare_metric, select_values
 from megatron_emo.scaling.fit_report import write_json
-from megatron_emo.scaling.pairs import ROLES, Runs, pair_runs, parse_roles, read_runs
+from megatron_emo.scaling.joint_compare import (
+    LawTest,
+    compare_laws,
+    describe_test,
+    format_test,
+)
+from megatron_emo.scaling.pairs import ROLES, Pairs, Runs, pair_runs, parse_roles, read_runs
 from megatron_emo.scaling.plan_command import read_law
 from megatron_emo.scaling.speedup import RESOURCES, pair_differences
 
@@ -83,6 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="of the records that count; can be repeated",
     )
+    add(
+        "--joint",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draws of a test of one law for both objectives against two laws with one E, some 50 "
+        "a second (default: 0, no test)",
+    )
     add("--json", metavar="OUT", help="write everything, pair by pair too, here")
 
 
@@ -110,14 +125,19 @@ def run(args: argparse.Namespace) -> dict:
         found.append(
             compare_objectives(pairs, base, runs[name], settings, law, progress=progress.add)
         )
+    tests = _test_laws(args, paired)
     decisions, notes = _decide(args, found, columns)
     result = make_result(args, found, decisions, metrics, notes)
+    result["joint"] = {name: describe_test(test) for name, test in tests.items()}
     if args.json:
         write_json(args.json, result)
     lines: list[str] = []
     for one in found:
         lines += [*format_comparison(one, args.baseline, args.level)]
-        lines += [*format_metrics(metrics[one.name]), ""]
+        lines += format_metrics(metrics[one.name])
+        if one.name in tests:
+            lines += format_test(tests[one.name], args.baseline, one.name)
+        lines.append("")
     if decisions:
         lines += format_decisions(*decisions)
     print("\n".join([*lines, *(f"note       {note}" for note in notes)]))
@@ -127,6 +147,8 @@ def run(args: argparse.Namespace) -> dict:
 def _check_flags(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise ValueError(f"--seed: expected at least 0, got {args.seed}")
+    if args.joint < 0 or args.joint == 1:
+        raise ValueError(f"--joint: expected 0 or at least 2 draws, got {args.joint}")
     for flops in args.at_flops:
         if not flops > 0:
             raise ValueError(f"--at-flops: expected above 0, got {flops}")
@@ -186,6 +208,14 @@ def _compare_metrics(args: argparse.Namespace, pairs) -> list[MetricComparison]:
         )
         for metric in args.metric
     ]
+
+
+def _test_laws(args: argparse.Namespace, paired: dict[str, Pairs]) -> dict[str, LawTest]:
+    tests = {}
+    for name, pairs in paired.items() if args.joint else ():
+        progress = _progress(args.joint, f"joint laws of {name}")
+        tests[name] = compare_laws(pairs, args.joint, args.level, args.seed, progress.add)
+    return tests
 
 
 def _progress(draws: int, name: str) -> Progress:
