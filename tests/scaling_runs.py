@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_emo.scaling.pairs import Runs
-from megatron_emo.scaling.surfaces import Surface
+from megatron_emo.scaling.comparison.pairs import Runs
+from megatron_emo.scaling.laws.surfaces import Surface
 
 LAWS = {
     "mle": Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_emo.scaling import run_command
-from megatron_emo.scaling.run_states import observe, read_state
-from megatron_emo.scaling.study_folder import read_manifest
+from megatron_emo.scaling.running import run_command
+from megatron_emo.scaling.running.run_states import observe, read_state
+from megatron_emo.scaling.running.study_folder import read_manifest
 
 ROOT = Path(__file__).parents[1]
 PLAN = """
@@ -39,7 +39,7 @@ allow: [too-few-points, one-line, few-steps, learning-rate]
 """
 
 STAND_IN = """
-import fcntl, json, os, signal, sys, time
+import fcntl, glob, json, os, signal, sys, time
 
 def value(flag, count=1):
     last = len(sys.argv) - 1 - sys.argv[::-1].index(flag)
@@ -74,8 +74,11 @@ with open(os.path.join(folder, "starts"), "a") as file:
     file.write(f"{done} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
 while done < steps:
     while behaviour("holds") == str(done) and not stopped:
+        put(os.path.join(save, "held"), "")
         time.sleep(0.01)
     if behaviour("fails").startswith(f"{done} "):
+        while behaviour("after") and not glob.glob(behaviour("after")):
+            time.sleep(0.01)
         print("the paper jammed", flush=True)
         sys.exit(int(behaviour("fails").split()[1]))
     done += 1
@@ -104,7 +107,7 @@ exec {python} "$@"
 RUNNER = f"""
 import argparse, sys
 sys.path.insert(0, {str(ROOT)!r})
-from megatron_emo.scaling import run_command
+from megatron_emo.scaling.running import run_command
 parser = argparse.ArgumentParser()
 run_command.add_arguments(parser)
 run_command.run(parser.parse_args(sys.argv[1:]))

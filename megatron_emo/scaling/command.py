@@ -6,14 +6,20 @@ import argparse
 import importlib
 
 COMMANDS = {
-    "plan": ("plan_command", "the runs of a study with their FLOPs, hours and memory"),
-    "run": ("run_command", "train the runs of a plan: stoppable, resumable, in shards"),
-    "compare": ("compare_command", "objectives on the runs of one study: losses and speedups"),
-    "score": ("score_command", "held-out loss of every finished run, and runs.csv"),
-    "fit": ("fit_command", "a law from a table of runs, with intervals"),
-    "throughput": ("throughput_command", "seconds of a step over layouts and objectives"),
-    "estimate": ("estimate_command", "layouts ranked by the step time that a model expects"),
-    "pictures": ("pictures_command", "pictures of a study, each with the CSV of what it shows"),
+    "plan": ("plans.plan_command", "the runs of a study with their FLOPs, hours and memory"),
+    "run": ("running.run_command", "train the runs of a plan: stoppable, resumable, in shards"),
+    "score": ("running.score_command", "held-out loss of every finished run, and runs.csv"),
+    "fit": ("laws.fit_command", "a law from a table of runs, with intervals"),
+    "compare": (
+        "comparison.compare_command",
+        "objectives on the runs of one study: losses and speedups",
+    ),
+    "pictures": (
+        "pictures.pictures_command",
+        "pictures of a study, each with the CSV of what it shows",
+    ),
+    "throughput": ("speed.throughput_command", "seconds of a step over layouts and objectives"),
+    "estimate": ("speed.estimate_command", "layouts ranked by the step time that a model expects"),
 }
 """Subcommand: (module with add_arguments(parser) and run(args), what it is for)."""
 

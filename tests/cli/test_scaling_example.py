@@ -17,8 +17,8 @@ import pytest
 from megatron_emo.evaluation.records import Record, read_records, write_records
 from megatron_emo.evaluation.texts import read_texts
 from megatron_emo.scaling.command import build_parser
-from megatron_emo.scaling.plan_file import read_plan_file
-from megatron_emo.scaling.surfaces import Surface
+from megatron_emo.scaling.laws.surfaces import Surface
+from megatron_emo.scaling.plans.plan_file import read_plan_file
 from megatron_emo.study.scaling import corpora, laws, summary
 from megatron_emo.study.scaling.command import build_parser as build_example_parser
 from megatron_emo.study.scaling.command import build_study, parse_files

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_emo.scaling.plan_file import REPLICATED_CHINCHILLA
+from megatron_emo.scaling.plans.plan_file import REPLICATED_CHINCHILLA
 
 ROOT = Path(__file__).parents[2]
 TEXT = """

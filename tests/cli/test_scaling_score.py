@@ -9,7 +9,7 @@ import pytest
 
 from megatron_emo.evaluation.records import Record, write_records
 from megatron_emo.launch.run_result import RunResult, write_result
-from megatron_emo.scaling import score_command
+from megatron_emo.scaling.running import score_command
 
 NAMES = ("b", "a", "c")
 

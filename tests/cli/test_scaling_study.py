@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_emo.evaluation.records import hash_file
-from megatron_emo.scaling.surfaces import Surface
+from megatron_emo.scaling.laws.surfaces import Surface
 
 TRUTH = Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 COLUMNS = "params=Model Size,flops=Training FLOP,loss=loss"

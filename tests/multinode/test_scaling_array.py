@@ -6,7 +6,7 @@ import pytest
 from clusters import text_of, wait_for
 from scaling_studies import Study
 
-from megatron_emo.scaling.run_states import read_state
+from megatron_emo.scaling.running.run_states import read_state
 
 
 @pytest.mark.slow

@@ -13,18 +13,17 @@ from scipy import stats
 from megatron_emo.evaluation.intervals import wilson
 from megatron_emo.evaluation.records import Record, write_records
 from megatron_emo.scaling.command import build_parser
-from megatron_emo.scaling.compare import (
+from megatron_emo.scaling.comparison.compare import (
     CompareSettings,
     compare_objectives,
     fit_baseline,
 )
-from megatron_emo.scaling.decisions import decide
-from megatron_emo.scaling.documents import DocumentPairs, read_document_pairs
-from megatron_emo.scaling.downstream import compare_metric, select_values
-from megatron_emo.scaling.frontier import Optima
-from megatron_emo.scaling.pairs import Runs, pair_runs, parse_roles, read_runs
-from megatron_emo.scaling.resampling import PairSampler, mean_interval
-from megatron_emo.scaling.speedup import (
+from megatron_emo.scaling.comparison.decisions import decide
+from megatron_emo.scaling.comparison.documents import DocumentPairs, read_document_pairs
+from megatron_emo.scaling.comparison.downstream import compare_metric, select_values
+from megatron_emo.scaling.comparison.pairs import Runs, pair_runs, parse_roles, read_runs
+from megatron_emo.scaling.comparison.resampling import PairSampler, mean_interval
+from megatron_emo.scaling.comparison.speedup import (
     effective_speedup,
     fit_line,
     frontier_exponent,
@@ -32,7 +31,8 @@ from megatron_emo.scaling.speedup import (
     pair_differences,
     pair_speedups,
 )
-from megatron_emo.scaling.surfaces import Surface
+from megatron_emo.scaling.laws.frontier import Optima
+from megatron_emo.scaling.laws.surfaces import Surface
 
 TRUTH = Surface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 SPEEDUP, SHARE, SLOWER = 1.3, 1.1, 1.25

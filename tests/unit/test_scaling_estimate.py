@@ -10,19 +10,19 @@ from dataclasses import replace
 import pytest
 
 from megatron_emo.benchmark import roofline
-from megatron_emo.scaling.cluster import Cluster, Efficiency, Link, cluster_of
-from megatron_emo.scaling.cluster_layouts import LayoutRules, find_obstacle, name_layout
-from megatron_emo.scaling.cluster_measure import SCHEMA, cluster_from_entry, fit_line
-from megatron_emo.scaling.cost_model import bubble_share, estimate_step, run_pipeline
-from megatron_emo.scaling.cost_model_loss import LossTerms, cost_of_loss, make_loss_terms
-from megatron_emo.scaling.devices import DEVICES
-from megatron_emo.scaling.estimate import find_layouts, rank_layouts
-from megatron_emo.scaling.estimate_against import compare_measured, summarise_comparison
-from megatron_emo.scaling.flops import flops_per_token
-from megatron_emo.scaling.memory import Layout, activation_bytes
-from megatron_emo.scaling.plan_file import LossSettings, PlanError
-from megatron_emo.scaling.shape import ModelShape
-from megatron_emo.scaling.throughput_file import parse_study
+from megatron_emo.scaling.counts.devices import DEVICES
+from megatron_emo.scaling.counts.flops import flops_per_token
+from megatron_emo.scaling.counts.memory import Layout, activation_bytes
+from megatron_emo.scaling.counts.shape import ModelShape
+from megatron_emo.scaling.plans.plan_file import LossSettings, PlanError
+from megatron_emo.scaling.speed.cluster import Cluster, Efficiency, Link, cluster_of
+from megatron_emo.scaling.speed.cluster_layouts import LayoutRules, find_obstacle, name_layout
+from megatron_emo.scaling.speed.cluster_measure import SCHEMA, cluster_from_entry, fit_line
+from megatron_emo.scaling.speed.cost_model import bubble_share, estimate_step, run_pipeline
+from megatron_emo.scaling.speed.cost_model_loss import LossTerms, cost_of_loss, make_loss_terms
+from megatron_emo.scaling.speed.estimate import find_layouts, rank_layouts
+from megatron_emo.scaling.speed.estimate_against import compare_measured, summarise_comparison
+from megatron_emo.scaling.speed.throughput_file import parse_study
 
 EIGHT_B = ModelShape(
     num_layers=32,
@@ -292,7 +292,7 @@ def test_all_layouts_that_can_be_are_found_and_no_other(gpus):
     shape = spec.shape("8b", 1)
     small = replace(shape, num_layers=4, num_attention_heads=8, num_query_groups=4)
     rules = LayoutRules(16, 8)
-    from megatron_emo.scaling.cluster_layouts import enumerate_layouts
+    from megatron_emo.scaling.speed.cluster_layouts import enumerate_layouts
 
     found = [name_layout(layout) for layout in enumerate_layouts(small, gpus, rules)]
     expected = set()

@@ -9,15 +9,15 @@ import pytest
 from scipy.optimize import approx_fprime, least_squares, minimize_scalar
 from scipy.special import huber
 
-from megatron_emo.scaling.bootstrap import bootstrap_fit, resample
-from megatron_emo.scaling.envelope import find_envelope_optima
-from megatron_emo.scaling.fit import FitSettings, check_table, fit_runs, leave_out_largest
-from megatron_emo.scaling.frontier import Optima, fit_frontier
-from megatron_emo.scaling.huber import DELTA, HuberProblem, fit_huber
-from megatron_emo.scaling.isoflop import find_isoflop_optima, find_vertex
-from megatron_emo.scaling.projection import ProjectedProblem, fit_projection
-from megatron_emo.scaling.surfaces import Surface
-from megatron_emo.scaling.table import (
+from megatron_emo.scaling.laws.bootstrap import bootstrap_fit, resample
+from megatron_emo.scaling.laws.envelope import find_envelope_optima
+from megatron_emo.scaling.laws.fit import FitSettings, check_table, fit_runs, leave_out_largest
+from megatron_emo.scaling.laws.frontier import Optima, fit_frontier
+from megatron_emo.scaling.laws.huber import DELTA, HuberProblem, fit_huber
+from megatron_emo.scaling.laws.isoflop import find_isoflop_optima, find_vertex
+from megatron_emo.scaling.laws.projection import ProjectedProblem, fit_projection
+from megatron_emo.scaling.laws.surfaces import Surface
+from megatron_emo.scaling.laws.table import (
     drop_highest,
     group_values,
     make_run_table,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_emo.scaling.flops import (
+from megatron_emo.scaling.counts.flops import (
     CONVENTIONS,
     OBJECTIVES,
     chinchilla_ratio,
@@ -17,7 +17,7 @@ from megatron_emo.scaling.flops import (
     count_loss_flops,
     flops_per_token,
 )
-from megatron_emo.scaling.shape import ModelShape, chinchilla_parameters, count_parameters
+from megatron_emo.scaling.counts.shape import ModelShape, chinchilla_parameters, count_parameters
 
 TINY = ModelShape(
     num_layers=4,

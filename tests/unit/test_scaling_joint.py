@@ -9,10 +9,10 @@ import pytest
 from scaling_runs import LAWS, make_runs
 from scipy.optimize import approx_fprime, curve_fit
 
-from megatron_emo.scaling.joint import JointProblem, fit_joint
-from megatron_emo.scaling.joint_compare import compare_laws, describe_test, format_test
-from megatron_emo.scaling.pairs import pair_runs
-from megatron_emo.scaling.surfaces import Surface
+from megatron_emo.scaling.comparison.joint import JointProblem, fit_joint
+from megatron_emo.scaling.comparison.joint_compare import compare_laws, describe_test, format_test
+from megatron_emo.scaling.comparison.pairs import pair_runs
+from megatron_emo.scaling.laws.surfaces import Surface
 
 MLE = LAWS["mle"]
 OTHER = Surface(E=1.69, A=300.0, B=500.0, alpha=0.33, beta=0.30)

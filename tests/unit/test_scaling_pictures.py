@@ -11,14 +11,14 @@ import pytest
 from scaling_runs import LAWS, flops_per_token, write_runs
 from scipy.optimize import minimize_scalar
 
-from megatron_emo.scaling.picture import Axis, Mark, Panel, Picture, write_table
-from megatron_emo.scaling.picture_drawing import draw, format_count, format_flops, make_figure
-from megatron_emo.scaling.picture_frontier import FlopsRule
-from megatron_emo.scaling.picture_study import PictureSettings, read_study
-from megatron_emo.scaling.picture_throughput import draw_throughput, read_throughput
-from megatron_emo.scaling.picture_vertices import find_vertices
-from megatron_emo.scaling.pictures import OF_RUNS, make_album
-from megatron_emo.scaling.table import make_run_table
+from megatron_emo.scaling.laws.table import make_run_table
+from megatron_emo.scaling.pictures.album import OF_RUNS, make_album
+from megatron_emo.scaling.pictures.drawing import draw, format_count, format_flops, make_figure
+from megatron_emo.scaling.pictures.frontier import FlopsRule
+from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture, write_table
+from megatron_emo.scaling.pictures.study import PictureSettings, read_study
+from megatron_emo.scaling.pictures.throughput import draw_throughput, read_throughput
+from megatron_emo.scaling.pictures.vertices import find_vertices
 
 QUICK = PictureSettings(draws=20)
 NAMES = {"isoflop", "best_sizes", "frontier", "residuals", "frontier_overlay", "loss_difference"}

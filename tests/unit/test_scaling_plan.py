@@ -11,22 +11,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_emo.scaling.devices import DEVICES, GIB, find_device
-from megatron_emo.scaling.flops import count_flops
-from megatron_emo.scaling.memory import (
+from megatron_emo.scaling.counts.devices import DEVICES, GIB, find_device
+from megatron_emo.scaling.counts.flops import count_flops
+from megatron_emo.scaling.counts.memory import (
     Layout,
     LossMemory,
     activation_bytes,
     estimate_memory,
     model_state_bytes,
 )
-from megatron_emo.scaling.plan import make_plan
-from megatron_emo.scaling.plan_checks import JUDGEMENTS, check_plan
-from megatron_emo.scaling.plan_file import PlanError, parse_plan, read_plan_file
-from megatron_emo.scaling.plan_report import describe_run, total_by_goal
-from megatron_emo.scaling.recipe import BUNDLES, SizeEntry
-from megatron_emo.scaling.run_arguments import megatron_arguments
-from megatron_emo.scaling.shape import ModelShape
+from megatron_emo.scaling.counts.shape import ModelShape
+from megatron_emo.scaling.plans.plan import make_plan
+from megatron_emo.scaling.plans.plan_checks import JUDGEMENTS, check_plan
+from megatron_emo.scaling.plans.plan_file import PlanError, parse_plan, read_plan_file
+from megatron_emo.scaling.plans.plan_report import describe_run, total_by_goal
+from megatron_emo.scaling.plans.recipe import BUNDLES, SizeEntry
+from megatron_emo.scaling.plans.run_arguments import megatron_arguments
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "scaling").glob("plan*.yaml"))
 H100 = DEVICES["h100"]

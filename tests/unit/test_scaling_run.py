@@ -17,11 +17,11 @@ import pytest
 from scaling_studies import ROOT, Study
 
 from megatron_emo.launch.exit_codes import ExitCode
-from megatron_emo.scaling import run_command
-from megatron_emo.scaling.plan import make_plan
-from megatron_emo.scaling.plan_file import PlanError, read_plan_file
-from megatron_emo.scaling.run_states import RunState, observe, read_state, write_state
-from megatron_emo.scaling.study_folder import write_study
+from megatron_emo.scaling.plans.plan import make_plan
+from megatron_emo.scaling.plans.plan_file import PlanError, read_plan_file
+from megatron_emo.scaling.running import run_command
+from megatron_emo.scaling.running.run_states import RunState, observe, read_state, write_state
+from megatron_emo.scaling.running.study_folder import write_study
 
 
 @pytest.fixture
@@ -216,6 +216,7 @@ def test_a_failed_run_is_tried_again_then_named_with_its_last_words(study, capsy
 def test_without_keep_going_the_first_failure_ends_the_others(study):
     study.rule("mle", "fails", "3 78")
     study.rule("emo1", "holds", "5")
+    study.rule("mle", "after", f"{study.output}/runs/emo1_a*/train/checkpoints/held")
     with pytest.raises(SystemExit, match="mle_a"):
         study.run("--jobs", 2)
     assert len(study.starts()[study.name("mle_a")]) == 1  # 78 is not tried again
@@ -241,10 +242,10 @@ def test_a_preempted_run_goes_on_with_resume(study, capsys):
     study.rule("mle", "holds", "7")
     runner = study.start("--only", "mle_a*")
     folder = study.output / "runs"
-    wait_for(lambda: list(folder.glob("mle_a*/starts")), "no start")
+    wait_for(lambda: list(folder.glob("mle_a*/train/checkpoints/held")), "no start")
     state = wait_for(lambda: (s := read_state(study.run_folder("mle_a"))).pid and s, "no pid")
     os.kill(state.pid, signal.SIGTERM)
-    assert runner.wait(30) == ExitCode.PREEMPTED
+    assert runner.wait(60) == ExitCode.PREEMPTED
     assert read_state(study.run_folder("mle_a")).state == "interrupted"
     study.run("--resume", "--only", "mle_a*")
     assert study.starts()[study.name("mle_a")] == [0, 8]
@@ -263,7 +264,9 @@ def test_a_result_of_another_run_or_a_torn_one_does_not_count(study):
 def test_a_second_runner_is_refused_and_another_shard_is_not(study):
     study.rule("mle", "holds", "7")
     runner = study.start("--shard", "0/2")
-    wait_for(lambda: list((study.output / "runs").glob("mle_a*/starts")), "no start")
+    wait_for(
+        lambda: list((study.output / "runs").glob("mle_a*/train/checkpoints/held")), "no start"
+    )
     with pytest.raises(ValueError, match=r"another run.* is at work here \(.shard_0_of_2.lock"):
         study.run("--resume", "--shard", "0/2")
     study.run("--shard", "1/2")
@@ -279,7 +282,9 @@ def test_a_second_runner_is_refused_and_another_shard_is_not(study):
 def test_a_killed_runner_takes_its_runs_with_it_and_they_save(study):
     study.rule("mle", "holds", "7")
     runner = study.start()
-    wait_for(lambda: list((study.output / "runs").glob("mle_a*/starts")), "no start")
+    wait_for(
+        lambda: list((study.output / "runs").glob("mle_a*/train/checkpoints/held")), "no start"
+    )
     runner.kill()
     runner.wait()
     saved = study.run_folder("mle_a") / "train" / "checkpoints" / "saved"
@@ -298,7 +303,8 @@ def test_what_is_left_of_a_killed_runner_is_waited_for(study, lock, capsys, monk
     write_state(folder, RunState("running", 1, host="elsewhere", pid=7, runner_pid=6))
     held = os.open(folder / lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_SH)
-    monkeypatch.setattr("megatron_emo.scaling.run_processes.LOCK_WAIT_S", -19.0)  # 1 s in all
+    # With what a run is given to end, 1 s in all.
+    monkeypatch.setattr("megatron_emo.scaling.running.run_processes.LOCK_WAIT_S", -19.0)
     with pytest.raises(SystemExit, match="mle_a.*process 7 on elsewhere is at work on it"):
         study.run("--resume")
     assert len(study.starts()) == 3  # the others had their turn

@@ -20,17 +20,17 @@ from megatron_emo.conversion.import_hf import import_hf
 from megatron_emo.evaluation.records import Record, hash_file, read_records
 from megatron_emo.evaluation.rows import read_rows
 from megatron_emo.launch.run_result import RunResult, write_result
-from megatron_emo.scaling import score
-from megatron_emo.scaling.finished_runs import Unfinished, read_finished
-from megatron_emo.scaling.fit_command import add_arguments as add_fit_arguments
-from megatron_emo.scaling.score import ScoreSettings, read_score, score_run
-from megatron_emo.scaling.score_table import (
+from megatron_emo.scaling.laws.fit_command import add_arguments as add_fit_arguments
+from megatron_emo.scaling.laws.surfaces import Surface
+from megatron_emo.scaling.running import score
+from megatron_emo.scaling.running.finished_runs import Unfinished, read_finished
+from megatron_emo.scaling.running.score import ScoreSettings, read_score, score_run
+from megatron_emo.scaling.running.score_table import (
     FOR_COMPARE,
     FOR_FIT,
     make_row,
     write_table,
 )
-from megatron_emo.scaling.surfaces import Surface
 
 STEPS = 100
 TEXTS = ["It is about world. sports.", "so good and so bad it is", "film, the: bad. Review", "I"]
@@ -281,7 +281,7 @@ def run_command(module, add_arguments, flags):
 
 
 def test_fit_takes_the_table_as_it_is(table):
-    from megatron_emo.scaling import fit_command
+    from megatron_emo.scaling.laws import fit_command
 
     path, truth = table
     for columns in (FOR_FIT, FOR_FIT + ",budget=budget", "params=params,tokens=tokens,loss=loss"):
@@ -291,7 +291,7 @@ def test_fit_takes_the_table_as_it_is(table):
 
 
 def test_compare_takes_the_table_as_it_is(table):
-    from megatron_emo.scaling import compare_command
+    from megatron_emo.scaling.comparison import compare_command
 
     path, _ = table
     columns = FOR_COMPARE + ",budget=budget"
@@ -304,7 +304,7 @@ def test_compare_takes_the_table_as_it_is(table):
 
 @pytest.mark.slow
 def test_several_at_once_score_as_one_does(output, settings):
-    from megatron_emo.scaling.score_command import _score_each
+    from megatron_emo.scaling.running.score_command import _score_each
 
     runs = [find_run(output, name) for name in ("small", "large")]
     alone = {name: records for name, records, error in _score_each(runs, settings, 1)}
@@ -320,7 +320,7 @@ def test_several_at_once_score_as_one_does(output, settings):
 ORPHAN = """
 import multiprocessing, os, signal
 from concurrent.futures import ProcessPoolExecutor
-from megatron_emo.scaling.score_command import _begin_worker
+from megatron_emo.scaling.running.score_command import _begin_worker
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin_worker, initargs=(1,))

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from megatron_emo.launch.events import EventLog
-from megatron_emo.scaling.flops import count_flops
-from megatron_emo.scaling.picture_throughput import read_throughput
-from megatron_emo.scaling.plan_file import PlanError
-from megatron_emo.scaling.throughput import EVENTS, Measured, read_cell
-from megatron_emo.scaling.throughput_cells import (
+from megatron_emo.scaling.counts.flops import count_flops
+from megatron_emo.scaling.pictures.throughput import read_throughput
+from megatron_emo.scaling.plans.plan_file import PlanError
+from megatron_emo.scaling.speed.throughput import EVENTS, Measured, read_cell
+from megatron_emo.scaling.speed.throughput_cells import (
     Timing,
     command_of,
     environment_of,
     make_cells,
     recipe_text,
 )
-from megatron_emo.scaling.throughput_file import parse_study
-from megatron_emo.scaling.throughput_report import (
+from megatron_emo.scaling.speed.throughput_file import parse_study
+from megatron_emo.scaling.speed.throughput_report import (
     layout_of_row,
     make_result,
     make_rows,

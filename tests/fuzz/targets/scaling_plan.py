@@ -4,7 +4,7 @@ from pathlib import Path
 
 from guard import Parser
 
-from megatron_emo.scaling.plan_file import read_plan_file
+from megatron_emo.scaling.plans.plan_file import read_plan_file
 
 PLANS = Path(__file__).resolve().parents[3] / "examples" / "scaling"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from guard import Parser
 
-from megatron_emo.scaling.table import read_run_table
+from megatron_emo.scaling.laws.table import read_run_table
 
 COLUMNS = {"params": "N", "tokens": "D", "loss": "loss"}
 

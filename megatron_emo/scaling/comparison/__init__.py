@@ -1,0 +1,1 @@
+"""What one objective gains over another on the runs of one study."""

@@ -1,0 +1,1 @@
+"""Laws of loss from a table of runs, with intervals."""

@@ -1,0 +1,1 @@
+"""Pictures of a study, each with the numbers it shows."""

@@ -1,0 +1,1 @@
+"""From a plan's file to its runs, and what speaks against them."""

@@ -1,0 +1,1 @@
+"""The folder of a study: its runs trained, resumed and scored."""

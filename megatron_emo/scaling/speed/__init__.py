@@ -1,0 +1,1 @@
+"""Steps timed over layouts, and a cost model that ranks them."""
