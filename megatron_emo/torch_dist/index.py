@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import pickle  # nosec B403 # with a list of the classes it may find
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from megatron_emo.foreign_files import file_inside
 
 DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
-    *(MemoryError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError),
+    *(MemoryError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error),
 )
 """What reading a pickle, or a tensor that torch stored, raises where its bytes are damaged."""
 
