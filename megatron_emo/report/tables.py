@@ -103,8 +103,8 @@ def make_tables(
 
     Args:
         better: metric -> high or low; others have no best.
-        compared: labels of rows in which competitors differ; by default the first of `COMPARED`
-            that is a row, or the only row.
+        compared: labels in which competitors differ; by default the first of `COMPARED` that is a
+            row or a column, or else the only row.
 
     Raises:
         ValueError: labels that do not exist, or records that must not be pooled.
@@ -143,8 +143,8 @@ def _make_table(
 
 def _find_compared(layout: Layout, compared: Sequence[str] | None) -> tuple[str, ...]:
     if compared:
-        return tuple(name for name in compared if name in layout.rows)
-    named = [name for name in COMPARED if name in layout.rows]
+        return tuple(name for name in compared if name in layout.rows + layout.columns)
+    named = [name for name in COMPARED if name in layout.rows + layout.columns]
     return tuple(named[:1] or (layout.rows if len(layout.rows) == 1 else ()))
 
 
@@ -249,12 +249,12 @@ def find_best(
 def group_rivals(
     cells: Mapping[tuple[Key, Key], Cell], layout: Layout, compared: Sequence[str]
 ) -> list[dict[tuple[Key, Key], Cell]]:
-    """Return groups of cells of a column and metric that differ in the labels `compared` alone."""
+    """Return groups of cells of a metric that differ in the labels `compared` alone."""
     groups: dict[tuple, dict[tuple[Key, Key], Cell]] = {}
     for (row, column), cell in cells.items():
-        pairs = zip(layout.rows, row, strict=True)
+        pairs = zip(layout.rows + layout.columns, row + column, strict=True)
         fixed = tuple(value for name, value in pairs if name not in compared)
-        groups.setdefault((column, cell.metric, fixed), {})[row, column] = cell
+        groups.setdefault((cell.metric, fixed), {})[row, column] = cell
     return list(groups.values())
 
 

@@ -147,10 +147,12 @@ def _best_rule(table: Table, better: Mapping[str, str], ends: set[str]) -> str:
     which = "highest" if not low else "lowest" if not high else "best"
     aside = f" (highest {_join(high)}, lowest {_join(low)})" if high and low else ""
     over = _join(table.compared)
-    others = [name for name in table.layout.rows if name not in table.compared]
+    is_row = set(table.compared).isdisjoint(table.layout.rows)
+    line, names = ("row", table.layout.columns) if is_row else ("column", table.layout.rows)
+    others = [name for name in names if name not in (*table.compared, METRIC)]
     within = f" within one {_join(others)}" if others else ""
     return (
-        f"Bold: the {which} of a column{within}{aside}, compared by {over}, where its interval "
+        f"Bold: the {which} of a {line}{within}{aside}, compared by {over}, where its interval "
         "overlaps with no other's; over seeds that is the mean's 95% interval (Student's t). "
         "No bold: the measurements do not tell them apart."
     )

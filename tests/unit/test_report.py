@@ -21,7 +21,7 @@ from megatron_emo.report.metrics import BETTER, parse_better
 from megatron_emo.report.plots import COLOURS, THEMES, draw_png, has_own_scales, make_plots
 from megatron_emo.report.student import t_quantile
 from megatron_emo.report.tables import make_cell, make_tables
-from megatron_emo.report.text import find_decimals, format_number
+from megatron_emo.report.text import find_decimals, format_number, table_caption
 from megatron_emo.report.trace import check_document, update_document
 
 HOSTILE = "<script>alert('x|y')</script>"
@@ -134,6 +134,23 @@ class TestBest:
 
     def test_the_best_stands_apart(self):
         assert best_of(self.records((0.1, 0.2), (0.3, 0.5), (0.2, 0.29))) == {("o1",)}
+
+    def test_competitors_may_be_columns(self):
+        records = [
+            make_record(value=value, interval=within(value - 0.1, value + 0.1), **labels)
+            for value, labels in (
+                (0.3, {"objective": "mle", "task": "easy"}),
+                (0.7, {"objective": "emo1", "task": "easy"}),
+                (0.1, {"objective": "mle", "task": "hard"}),
+                (0.2, {"objective": "emo1", "task": "hard"}),
+            )
+        ]
+        (table,) = make_tables(records, BETTER, rows=["task"], columns=["objective"])
+        assert table.compared == ("objective",)
+        assert table.best == {(("easy",), ("emo1",))}
+        assert (
+            "Bold: the highest of a row, compared by objective" in table_caption(table, BETTER)[-1]
+        )
 
     def test_low_is_better_where_the_metric_says_so(self):
         records = self.records((1.0, 2.0), (2.5, 3.0), metric="token_perplexity")
