@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 RESULT_FORMAT = 1
+_LARGEST = sys.float_info.max
 _KINDS = {"str": str, "int": int, "float": float, "Mapping[str, str]": Mapping}
 
 
@@ -52,9 +53,11 @@ class RunResult:
             value, kind = getattr(self, spec.name), _KINDS[spec.type]
             is_right = isinstance(value, (int, float) if kind is float else kind)
             if not is_right or isinstance(value, bool):
-                raise ResultError(f"{spec.name}: expected {spec.type}, found {value!r}")
-            if kind in (int, float) and not (math.isfinite(value) and value >= 0):
-                raise ResultError(f"{spec.name}: expected a finite number from 0 on, found {value}")
+                raise ResultError(f"{spec.name}: expected {spec.type}, found {value!r:.60}")
+            if kind in (int, float) and not 0 <= value <= _LARGEST:
+                raise ResultError(
+                    f"{spec.name}: expected a finite number from 0 on, found {value!r:.40}"
+                )
         if self.format != RESULT_FORMAT:
             raise ResultError(f"format: expected {RESULT_FORMAT}, found {self.format}")
 

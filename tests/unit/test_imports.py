@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "report": {"evaluation"},
     "scaling": {
         *("evaluation", "conversion", "checkpoints", "report", "study", "launch"),
-        *("benchmark",),
+        *("benchmark", "foreign_files"),
     },
     "study": {"evaluation"},
     "hf": {"loss", "objectives", "cost_embedding", "config"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_throughput(path: str | os.PathLike) -> Throughput:
 
 def _is_number(value: object) -> bool:
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    return good and math.isfinite(value) and value > 0
+    return good and 0 < value <= sys.float_info.max
 
 
 def draw_throughput(found: Throughput) -> Picture:

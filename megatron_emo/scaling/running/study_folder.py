@@ -8,11 +8,11 @@ run, or other data, is another study.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_emo.foreign_files import file_inside, read_json_object
 from megatron_emo.scaling.plans.plan import Plan, Run
 from megatron_emo.scaling.plans.plan_file import PlanError
 from megatron_emo.scaling.running.run_scripts import (
@@ -114,15 +114,31 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
         PlanError: a manifest that cannot be read.
     """
     path = output / "manifest.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != MANIFEST_FORMAT:
-            raise ValueError(f"format: expected {MANIFEST_FORMAT}, found {content['format']}")
-        return content
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    try:
+        content = read_json_object(path)
+        if content["format"] != MANIFEST_FORMAT:
+            raise ValueError(f"format: expected {MANIFEST_FORMAT}, found {content['format']!r:.60}")
+        if not isinstance(content["data"], dict):
+            raise ValueError("data: expected an object")
+        for entry in content["runs"]:
+            _check_entry(entry, path)
+        return content
     except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"{path}: expected the manifest of a study: {error!r}") from error
+
+
+def _check_entry(entry: Any, path: Path) -> None:
+    file_inside(path.parent, entry["name"], path)
+    for name, kind in (
+        *(("hash", str), ("index", int), ("tokens", int), ("steps", int), ("flops", int)),
+        *(("loss_flops", int), ("config", dict)),
+    ):
+        if not isinstance(entry[name], kind):
+            raise ValueError(f"{entry['name']}, {name}: expected {kind.__name__}")
+    if not isinstance(entry["config"]["steps"], int):
+        raise ValueError(f"{entry['name']}, config.steps: expected int")
 
 
 def join_manifests(

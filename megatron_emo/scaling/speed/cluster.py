@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -51,6 +52,12 @@ class Efficiency:
                 raise ValueError(f"assume.{name}: expected 0 to 1, got {getattr(self, name)}")
 
 
+def _check_positive(name: str, value: object, or_zero: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (0 < value <= sys.float_info.max or or_zero and value == 0):
+        raise ValueError(f"{name}: expected a number above 0, got {value!r:.40}")
+
+
 @dataclass(frozen=True)
 class Link:
     """From a rank to the others of its group."""
@@ -61,6 +68,12 @@ class Link:
     """Bytes/s that a rank sends, in one direction."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of the bandwidth, by operation: all_reduce, all_gather, reduce_scatter, send; else 1."""
+
+    def __post_init__(self) -> None:
+        _check_positive("latency", self.latency, or_zero=True)
+        _check_positive("bandwidth", self.bandwidth)
+        for name, share in self.shares.items():
+            _check_positive(f"shares.{name}", share)
 
     def seconds(self, operation: str, num_steps: float, num_bytes: float) -> float:
         """Return the time of that many steps and bytes sent by a rank."""
@@ -99,6 +112,15 @@ class Cluster:
     together: tuple[float, float, float] | None = None
     """flops, memory_bandwidth, start_s of a rank while another works too; None: the same."""
     assumptions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "attention_flops", "memory_bandwidth", "ranks_per_node"):
+            _check_positive(name, getattr(self, name))
+        _check_positive("start_s", self.start_s, or_zero=True)
+        if self.memory is not None:
+            _check_positive("memory", self.memory)
+        for value in self.together or ():
+            _check_positive("together", value, or_zero=True)
 
     def of_ranks(self, ranks: int) -> Cluster:
         """Return the rates of each of that many ranks at work at once.

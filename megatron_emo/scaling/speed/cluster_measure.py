@@ -109,7 +109,7 @@ def cluster_from_entry(entry: dict) -> Cluster:
             together=(together["flops"], together["bandwidth"], together["start_s"]),
             assumptions=_assumptions(entry),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise PlanError(f"device entry: expected one that --measure wrote: {error!r}") from error
 
 

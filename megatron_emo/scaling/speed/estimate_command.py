@@ -12,10 +12,10 @@ a throughput study; --measure takes rates from this machine instead of a datashe
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_emo.foreign_files import read_json_object
 from megatron_emo.scaling.counts.devices import DEVICES
 from megatron_emo.scaling.counts.memory import MOST_GPUS
 from megatron_emo.scaling.laws.fit_report import write_json
@@ -103,11 +103,7 @@ def _find_cluster(args: argparse.Namespace, spec: StudySpec) -> tuple[Cluster, f
             f"--device: expected one of {', '.join(DEVICES)}, or a file of --save-device, got "
             f"{args.device!r}; --measure takes this machine"
         )
-    try:
-        entry = json.loads(Path(args.device).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PlanError(f"--device {args.device}: expected JSON: {error}") from error
-    return cluster_from_entry(entry), None
+    return cluster_from_entry(read_json_object(args.device)), None
 
 
 def _rank_all(
