@@ -1,7 +1,7 @@
 """A scaling study on a laptop: budgets x sizes x {mle, emo1} on two corpora, to laws and pictures.
 
 python examples/scaling/run.py --output runs/scaling --jobs 2
-python examples/scaling/run.py --output runs/scaling-demo --jobs 2 --corpora demo
+python examples/scaling/run.py --output runs/scaling-stories --jobs 2 --corpora tinystories
 python examples/scaling/run.py --output runs/scaling-smoke --jobs 2 --smoke
 
 Goes on where it was stopped; --dry-run shows what is done. README.md says what you should see.

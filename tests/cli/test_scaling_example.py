@@ -268,7 +268,7 @@ def test_every_step_runs_after_a_kill_and_runs_once(tmp_path, main, capfd):
     process = subprocess.Popen(
         [sys.executable, script, *flags], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    runs = out / "tinystories" / "study" / "runs"
+    runs = out / "demo" / "study" / "runs"
     with process:
         assert any(line.startswith("[1/8]") for line in process.stdout)
         os.killpg(process.pid, signal.SIGKILL)
@@ -276,7 +276,7 @@ def test_every_step_runs_after_a_kill_and_runs_once(tmp_path, main, capfd):
     main(flags)
     assert all(path.read_bytes() == content for path, content in first.items())
     assert "8 runs: 2 budgets" in capfd.readouterr().out
-    results = out / "results" / "tinystories"
+    results = out / "results" / "demo"
     assert len(read_records([results / "records.json"])) == 8 * 4
     assert (results / "table.md").exists() and (results / "runs.csv").exists()
     main(flags)

@@ -36,7 +36,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="all files of the study")
     add(
         "--corpora",
-        default="tinystories,wikitext",
+        default=f"{DEMO},wikitext",
         metavar="A,B",
         help=f"of {', '.join(CORPORA)}, {DEMO} (docstrings: every Python has it), or of --data "
         "(default: %(default)s)",
