@@ -131,10 +131,8 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
 
 def _check_entry(entry: Any, path: Path) -> None:
     file_inside(path.parent, entry["name"], path)
-    for name, kind in (
-        *(("hash", str), ("index", int), ("tokens", int), ("steps", int), ("flops", int)),
-        *(("loss_flops", int), ("config", dict)),
-    ):
+    kinds = {"hash": str, "tokens": int, "flops": int, "loss_flops": int, "config": dict}
+    for name, kind in kinds.items():
         if not isinstance(entry[name], kind):
             raise ValueError(f"{entry['name']}, {name}: expected {kind.__name__}")
     if not isinstance(entry["config"]["steps"], int):
