@@ -22,8 +22,13 @@ FILES = [
         for path in (ROOT / part).rglob("*.py")
     ),
 ]
-INDEX_UNPICKLER = ROOT / "megatron_emo" / "torch_dist" / "index.py"
-"""The one place that unpickles, with a list of the classes it may find."""
+EXCEPTIONS = {
+    # Unpickles, with a list of the classes it may find.
+    ROOT / "megatron_emo" / "torch_dist" / "index.py": ["pickle.Unpickler"],
+    # Becomes the command that its own parent names, so that the kernel's signal reaches it.
+    ROOT / "megatron_emo" / "launch" / "lifetime.py": ["os.execvp"],
+}
+"""What these files, and no others, may call."""
 NEVER = {
     "builtins": {"eval", "exec", "compile", "__import__"},
     "pickle": {"load", "loads", "Unpickler"},
@@ -128,10 +133,7 @@ def findings(source: str) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_dangerous_is_called(path):
     found = findings(path.read_text(encoding="utf-8"))
-    if path == INDEX_UNPICKLER:
-        assert [line.split(": ")[1] for line in found] == ["pickle.Unpickler"]
-    else:
-        assert found == []
+    assert [line.split(": ")[1] for line in found] == EXCEPTIONS.get(path, [])
 
 
 @pytest.mark.parametrize(
