@@ -9,13 +9,12 @@ OUTPUT/
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_emo.launch.events import read_events
 from megatron_emo.scaling.plans.plan_file import PlanError
+from megatron_emo.scaling.running.study_files import write_if_changed
 from megatron_emo.scaling.speed.throughput_cells import (
     Cell,
     Timing,
@@ -61,7 +60,7 @@ def run_cells(
             f"--output {output}: expected a new or empty folder, or --resume to go on with it"
         )
     tasks = [_make_task(cell, spec, timing, output) for cell in cells]
-    _copy(plan, output / "plan.yaml")
+    write_if_changed(output / "plan.yaml", plan.read_text(encoding="utf-8"))
     logs, failure = output / "logs", ""
     try:
         run_tasks(tasks, logs, jobs=1, keep_going=True)
@@ -72,12 +71,9 @@ def run_cells(
 
 def _make_task(cell: Cell, spec: StudySpec, timing: Timing, output: Path) -> Task:
     folder = (output / "cells" / cell.name).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "recipe.sh"
-    text = recipe_text(cell, spec, timing)
     # Written anew only where it differs: it is the task's input.
-    if not recipe.is_file() or recipe.read_text(encoding="utf-8") != text:
-        _write(recipe, text)
+    write_if_changed(recipe, recipe_text(cell, spec, timing))
     return Task(
         cell.name,
         command_of(cell, spec, recipe),
@@ -138,16 +134,3 @@ def _last_start(path: Path) -> list[dict]:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and value > 0
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, part)
-    os.replace(part, target)
