@@ -7,7 +7,6 @@ the folder is a study's, its manifest.json with state.json and result.json of ea
 from __future__ import annotations
 
 import base64
-import json
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_emo.evaluation.records import Json
+from megatron_emo.foreign_files import file_inside, read_json_object
 from megatron_emo.report.grids import Grid, Item
 from megatron_emo.report.plots import DPI
 from megatron_emo.report.text import NOTHING
@@ -81,7 +81,7 @@ def read_study(folder: Path) -> Study:
             "none: `scaling_study.py pictures --output DIR` writes it"
         )
     content = _read_json(index)
-    if not isinstance(content, Mapping) or content.get("schema") != SCHEMA:
+    if content.get("schema") != SCHEMA:
         raise ValueError(f"--study: {index}: expected schema {SCHEMA}")
     try:
         pictures = [_read_picture(index.parent, entry) for entry in content["pictures"]]
@@ -96,11 +96,11 @@ def read_study(folder: Path) -> Study:
     return Study(folder.name, pictures, refused, tables, [*runs, about], notes, len(rows))
 
 
-def _read_json(path: Path) -> Json:
+def _read_json(path: Path) -> dict[str, Json]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"--study: {path}: expected JSON: {error}") from error
+        raise ValueError(f"--study: {error}") from error
 
 
 def _read_picture(folder: Path, entry: Mapping) -> Shown:
@@ -184,11 +184,13 @@ def _read_runs(folder: Path) -> list[dict]:
     path = folder / "manifest.json"
     if not path.is_file():
         return []
-    manifest = _read_json(path)
-    runs = manifest.get("runs") if isinstance(manifest, Mapping) else None
+    runs = _read_json(path).get("runs")
     if not isinstance(runs, list):
         raise ValueError(f"--study: {path}: expected runs, got none")
-    return [_read_run(run, folder / "runs" / str(run["name"])) for run in runs]
+    try:
+        return [_read_run(run, file_inside(folder / "runs", run["name"], path)) for run in runs]
+    except (ArithmeticError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"--study: {path}: expected a study's runs: {error!r}") from error
 
 
 def _read_run(run: Mapping, folder: Path) -> dict:
@@ -209,8 +211,7 @@ def _read_run(run: Mapping, folder: Path) -> dict:
 
 
 def _read_if_there(path: Path) -> Mapping:
-    content = _read_json(path) if path.is_file() else {}
-    return content if isinstance(content, Mapping) else {}
+    return _read_json(path) if path.is_file() else {}
 
 
 def _run_grid(rows: Sequence[Mapping]) -> Grid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 from scaling_runs import write_runs
@@ -96,6 +97,23 @@ def test_a_page_that_cannot_be(study, tmp_path, call, words, message):
     places = {"study": study, "empty": tmp_path, "page": tmp_path / "page.html"}
     with pytest.raises(SystemExit, match=message):
         call("report", *(word.format(**places) for word in words))
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ('{"runs": [{"name": "../../x"}]}', "expected the name of a file beside it"),
+        ('{"runs": [{}]}', "expected a study's runs"),
+        ('{"runs": 3}', "expected runs"),
+        ('{"runs": ' + "[" * 100_000, "expected JSON"),
+    ],
+)
+def test_a_page_of_a_study_whose_manifest_is_another(study, tmp_path, call, manifest, message):
+    shutil.copytree(study, tmp_path / "study")
+    (tmp_path / "study" / "manifest.json").write_text(manifest)
+    with pytest.raises(SystemExit, match=f"--study.*manifest.json: .*{message}"):
+        call("report", "--study", tmp_path / "study", "--html", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -277,6 +278,41 @@ def test_sbatch_refuses_clearly(tmp_path):
     assert process.stderr == "CONTAINER_RUNTIME=docker: expected pyxis or apptainer\n"
     process = run_script(SBATCH, "moe", SLURM_SUBMIT_DIR=str(tmp_path), **settings)
     assert process.returncode == 78 and "expected the repository" in process.stderr
+
+
+SRUN_THAT_IS_PREEMPTED = """#!/bin/sh
+mkdir -p "$RUN_DIR/checkpoints" && touch "$RUN_DIR/checkpoints/PREEMPTED"
+exit 143
+"""
+# Slurm ends the script that it requeues.
+SCONTROL = '#!/bin/sh\necho "$@" >>"$SCONTROL_CALLS"\nkill -KILL $PPID\n'
+
+
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        ({}, "requeue 70"),
+        ({"SLURM_ARRAY_JOB_ID": "68", "SLURM_ARRAY_TASK_ID": "2"}, "requeue 68_2"),
+        ({"SLURM_RESTART_COUNT": "3", "MAX_REQUEUES": "3"}, None),
+    ],
+)
+def test_a_preempted_job_requeues_itself_and_no_other_task_of_its_array(tmp_path, settings, call):
+    for name, text in {"srun": SRUN_THAT_IS_PREEMPTED, "scontrol": SCONTROL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    settings = {
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "none", "MASTER_ADDR": "n"},
+        **{"RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_ID": "70", "SCONTROL_CALLS": str(calls)},
+        **settings,
+    }
+    process = run_script(SBATCH, "moe", **settings)
+    if call is None:
+        assert process.returncode == 75 and "MAX_REQUEUES=3 is reached" in process.stdout
+        assert not calls.exists()
+    else:
+        assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
+        assert calls.read_text().splitlines() == [call]
 
 
 # What a GPU machine without Transformer Engine runs: its layers are not overridden.

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "data": set(),
     "training_curves": set(),
     "evaluation": {"objectives", "config", "foreign_files"},
-    "report": {"evaluation"},
+    "report": {"evaluation", "foreign_files"},
     "scaling": {
         *("evaluation", "conversion", "checkpoints", "report", "study", "launch"),
         *("benchmark", "foreign_files"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from megatron_emo.scaling.counts.flops import flops_per_token
 from megatron_emo.scaling.counts.memory import Layout, activation_bytes
 from megatron_emo.scaling.counts.shape import ModelShape
 from megatron_emo.scaling.plans.plan_file import LossSettings, PlanError
+from megatron_emo.scaling.speed import estimate_command
 from megatron_emo.scaling.speed.cluster import Cluster, Efficiency, Link, cluster_of
 from megatron_emo.scaling.speed.cluster_layouts import LayoutRules, find_obstacle, name_layout
 from megatron_emo.scaling.speed.cluster_measure import SCHEMA, cluster_from_entry, fit_line
@@ -24,6 +28,7 @@ from megatron_emo.scaling.speed.estimate import find_layouts, rank_layouts
 from megatron_emo.scaling.speed.estimate_against import compare_measured, summarise_comparison
 from megatron_emo.scaling.speed.throughput_file import parse_study
 
+ROOT = Path(__file__).parents[2]
 EIGHT_B = ModelShape(
     num_layers=32,
     hidden_size=4096,
@@ -396,6 +401,32 @@ def test_a_measured_machine_becomes_a_device():
     assert cpu.send(1e9, 1) == pytest.approx(1e-4 + 0.5)
     with pytest.raises(PlanError, match="device entry"):
         cluster_from_entry({"schema": "other"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alone": {"flops": 0, "bandwidth": 1e10, "start_s": 1e-5}}, "flops"),
+        ({"alone": {"flops": float("nan"), "bandwidth": 1e10, "start_s": 1e-5}}, "flops"),
+        ({"together": {"flops": 1e10, "bandwidth": 0, "start_s": 1e-5}}, "together"),
+        ({"together": {"flops": 1e10, "bandwidth": 1e10, "start_s": -1}}, "together"),
+        ({"link": {"latency": 1e-4, "bandwidth": 0, "shares": {}}}, "bandwidth"),
+        ({"link": {"latency": 1e-4, "bandwidth": 1e9, "shares": {"send": 0}}}, "send"),
+        ({"ranks_per_node": 0}, "ranks_per_node"),
+        ({"kind": "cuda", "memory": 10**400}, "memory"),
+        ({"alone": None}, "device entry"),
+    ],
+)
+def test_a_machine_without_speed_is_refused_and_its_file_named(tmp_path, changes, message):
+    with pytest.raises(PlanError, match=message):
+        cluster_from_entry(make_entry(**changes))
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(make_entry(**changes)))
+    parser = argparse.ArgumentParser()
+    estimate_command.add_arguments(parser)
+    plan = str(ROOT / "examples/scaling/throughput_cpu.yaml")
+    with pytest.raises(PlanError, match=f"--device .*machine.json: .*{message}"):
+        estimate_command.run(parser.parse_args(["--plan", plan, "--device", str(path)]))
 
 
 def row(layout: str, seconds: float, ratio_to: float, **more) -> dict:

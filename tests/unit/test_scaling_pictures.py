@@ -330,6 +330,8 @@ def test_throughput_against_gpus(tmp_path):
         ("{", "expected JSON"),
         ('{"rows": []}', "expected rows with label, gpus"),
         ('[{"label": "a", "gpus": 0}]', "row 1, 'gpus': expected a number above 0, got 0"),
+        ('[{"label": "a", "gpus": 1%s}]' % ("0" * 400), "row 1, 'gpus': expected a number above 0"),
+        ("[" * 100_000, "expected JSON"),
         ('[{"gpus": 2}]', "row 1, 'label': expected a text, got None"),
         (
             '[{"label": "a", "gpus": 2, "tokens_per_s_per_gpu": 5}]',

@@ -21,7 +21,7 @@ from megatron_emo.scaling.plans.plan import make_plan
 from megatron_emo.scaling.plans.plan_file import PlanError, read_plan_file
 from megatron_emo.scaling.running import run_command
 from megatron_emo.scaling.running.run_states import RunState, observe, read_state, write_state
-from megatron_emo.scaling.running.study_folder import write_study
+from megatron_emo.scaling.running.study_folder import read_manifest, write_study
 
 
 @pytest.fixture
@@ -259,6 +259,30 @@ def test_a_result_of_another_run_or_a_torn_one_does_not_count(study):
     assert [one.state for one in study.run("--status")].count("done") == 2
     study.run("--resume")
     study.assert_all_done_once()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "../other"}, "expected the name of a file beside it"),
+        ({"name": "/tmp"}, "expected the name of a file beside it"),
+        ({"name": None}, "expected the name of a file beside it"),
+        ({"hash": 7}, "hash: expected str"),
+        ({"tokens": "512"}, "tokens: expected int"),
+        ({"config": []}, "config: expected dict"),
+        ({"config": {"steps": None}}, "config.steps: expected int"),
+    ],
+)
+def test_a_manifest_names_folders_of_its_own_and_holds_what_is_read(study, change, message):
+    study.run("--write-only")
+    path = study.output / "manifest.json"
+    content = json.loads(path.read_text())
+    content["runs"][0] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=f"manifest.json: expected the manifest.*{message}"):
+        read_manifest(study.output)
+    with pytest.raises(PlanError, match=message):
+        study.run("--status")
 
 
 def test_a_second_runner_is_refused_and_another_shard_is_not(study):

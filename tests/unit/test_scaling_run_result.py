@@ -120,6 +120,7 @@ def test_a_result_comes_back_and_only_where_it_is_the_one_expected(tmp_path):
         ({"iteration": 7.5}, "iteration: expected int"),
         ({"tokens": True}, "tokens: expected int"),
         ({"format": 2}, "format: expected 1, found 2"),
+        ({"seconds": 10**400}, "seconds: expected a finite number"),
     ],
 )
 def test_a_result_that_lacks_a_measurement_is_none(tmp_path, change, message):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_emo.evaluation.records import hash_file, provenance
+from megatron_emo.report.study import SCHEMA
 from megatron_emo.scaling.pictures.compare import draw_differences, draw_speedups
 from megatron_emo.scaling.pictures.drawing import draw
 from megatron_emo.scaling.pictures.isoflop import draw_isoflop, draw_optima
@@ -17,7 +18,6 @@ from megatron_emo.scaling.pictures.surface import draw_frontier, draw_overlay, d
 from megatron_emo.scaling.pictures.tables import make_tables
 from megatron_emo.scaling.pictures.throughput import draw_throughput, read_throughput
 
-SCHEMA = "megatron_emo.scaling_pictures/1"
 INDEX = "pictures.json"
 OF_RUNS: dict[str, Callable[[Study], Picture]] = {
     "isoflop": draw_isoflop,

@@ -42,7 +42,7 @@ def read_throughput(path: str | os.PathLike) -> Throughput:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--throughput {path}: expected JSON: {error}") from error
     rows = content.get("rows") if isinstance(content, dict) else content
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):

@@ -119,8 +119,10 @@ class Cluster:
         _check_positive("start_s", self.start_s, or_zero=True)
         if self.memory is not None:
             _check_positive("memory", self.memory)
-        for value in self.together or ():
-            _check_positive("together", value, or_zero=True)
+        for name, value in zip(
+            ("flops", "bandwidth", "start_s"), self.together or (), strict=False
+        ):
+            _check_positive(f"together.{name}", value, or_zero=name == "start_s")
 
     def of_ranks(self, ranks: int) -> Cluster:
         """Return the rates of each of that many ranks at work at once.

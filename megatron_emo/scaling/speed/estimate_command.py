@@ -103,7 +103,10 @@ def _find_cluster(args: argparse.Namespace, spec: StudySpec) -> tuple[Cluster, f
             f"--device: expected one of {', '.join(DEVICES)}, or a file of --save-device, got "
             f"{args.device!r}; --measure takes this machine"
         )
-    return cluster_from_entry(read_json_object(args.device)), None
+    try:
+        return cluster_from_entry(read_json_object(args.device)), None
+    except ValueError as error:
+        raise PlanError(f"--device {args.device}: {error}") from error
 
 
 def _rank_all(

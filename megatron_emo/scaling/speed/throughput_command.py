@@ -14,11 +14,11 @@ efficiency, and the step's time over that of the first objective.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from pathlib import Path
 
+from megatron_emo.foreign_files import read_json_object
 from megatron_emo.scaling.laws.fit_report import write_json
 from megatron_emo.scaling.plans.plan_file import PlanError
 from megatron_emo.scaling.plans.plan_report import write_csv
@@ -120,12 +120,12 @@ def read_result(path: str | os.PathLike, flag: str) -> dict:
     path = Path(path)
     path = path / "throughput.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
     except ValueError as error:
-        raise PlanError(f"{flag} {path}: expected JSON of `throughput`: {error}") from error
-    found = content.get("schema") if isinstance(content, dict) else None
+        raise PlanError(f"{flag}: expected JSON of `throughput`: {error}") from error
+    found = content.get("schema")
     if found != SCHEMA:
         raise PlanError(f"{flag} {path}: schema: expected {SCHEMA!r}, got {found!r}")
-    if not content["rows"]:
+    if not content.get("rows"):
         raise PlanError(f"{flag} {path}: expected rows, got none")
     return content
