@@ -122,7 +122,7 @@ def read_result(path: str | os.PathLike, flag: str) -> dict:
     try:
         content = read_json_object(path)
     except ValueError as error:
-        raise PlanError(f"{flag}: expected JSON of `throughput`: {error}") from error
+        raise PlanError(f"{flag} {error}") from error
     found = content.get("schema")
     if found != SCHEMA:
         raise PlanError(f"{flag} {path}: schema: expected {SCHEMA!r}, got {found!r}")
