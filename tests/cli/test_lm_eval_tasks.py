@@ -84,6 +84,7 @@ def run_lm_eval(model: str, folder) -> dict[str, list[dict]]:
     return found | {"results": json.loads(results.read_text())["results"]}
 
 
+@pytest.mark.slow
 def test_lm_eval_finds_the_same_log_probabilities(load_tool, tmp_path, capsys):
     write_tasks(tmp_path)
     model = str(save_with_tokenizer("llama", tmp_path / "model"))

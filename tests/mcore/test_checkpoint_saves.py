@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import pytest
 from distributed_pool import DistributedPool
 from pretraining import DATA, MODEL, TRAINING, pretrain
 
@@ -17,8 +18,6 @@ RUN = [*MODEL, *TRAINING, *DATA, *TP2, "--objective", "mle"]
 
 def pretrain_noting_names(argv, folder):
     """In a rank: pretrain; note whether each checkpoint was whole when the tracker named it."""
-    import pytest
-
     from megatron_emo.training import checkpoint_saves
 
     write = checkpoint_saves.write_durably
@@ -64,7 +63,6 @@ def fill_disk(argv):
     import os
     import resource
 
-    import pytest
     from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron_emo.launch.exit_codes import exit_code_of
@@ -86,6 +84,7 @@ def fill_disk(argv):
     assert exit_code_of(error.value) == 74
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_rank_leaves_the_last_checkpoint(tmp_path):
     saves = tmp_path / "saves"
     argv = [*RUN, "--save", str(saves), "--load", str(saves), "--save-interval", "5"]

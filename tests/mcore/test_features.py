@@ -45,7 +45,10 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "feature",
+    [pytest.param(name, marks=pytest.mark.slow if name == "bf16" else ()) for name in FEATURES],
+)
 def test_feature_trains_under_emo(run_pretraining, feature):
     world_size, flags = FEATURES[feature]
     check_learns(run_pretraining(world_size, *SHORT, *flags))
@@ -55,12 +58,25 @@ def tied(flags):
     return [flag for flag in flags if flag != "--untie-embeddings-and-output-weights"]
 
 
+PP2 = ("--pipeline-model-parallel-size", "2")
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [TP2, (*TP2, "--sequence-parallel"), ("--pipeline-model-parallel-size", "2")],
-    ids=["tp2", "tp2 sp", "pp2"],
+    ("layout", "cost"),
+    [
+        pytest.param((*TP2, "--sequence-parallel"), "file", id="file-tp2 sp"),
+        pytest.param(PP2, "output-layer", id="output-layer-pp2"),
+        *(
+            pytest.param(layout, cost, id=f"{cost}-{name}", marks=pytest.mark.slow)
+            for layout, cost, name in (
+                (TP2, "file", "tp2"),
+                (TP2, "output-layer", "tp2"),
+                ((*TP2, "--sequence-parallel"), "output-layer", "tp2 sp"),
+                (PP2, "file", "pp2"),
+            )
+        ),
+    ],
 )
-@pytest.mark.parametrize("cost", ["file", "output-layer"])
 def test_tied_embeddings_train_as_one_rank(run_pretraining, tmp_path, cost_embedding, layout, cost):
     base = tied(MODEL + TRAINING + DATA)
     cost = str(cost_embedding) if cost == "file" else cost

@@ -18,7 +18,7 @@ LAYOUTS = {
 }
 
 
-SLOW = {"tp2", "per-token loss"}
+SLOW = {"tp2", "tp2 mtp", "per-token loss"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_tied_head_gets_both_gradients(run_pretraining):
             assert fused[name][iteration] == pytest.approx(value, abs=1e-5), (name, iteration)
 
 
-@pytest.mark.parametrize("path", ["logits", "recompute"])
+@pytest.mark.parametrize("path", ["logits", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_weights_are_gathered_before_the_loss_reads_them(run_pretraining, path):
     flags = (
         *SHORT,
