@@ -11,12 +11,14 @@ import pytest
 from scaling_runs import LAWS, flops_per_token, write_runs
 from scipy.optimize import minimize_scalar
 
+from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.laws.table import make_run_table
 from megatron_emo.scaling.pictures.album import OF_RUNS, make_album
 from megatron_emo.scaling.pictures.drawing import draw, format_count, format_flops, make_figure
-from megatron_emo.scaling.pictures.frontier import FlopsRule
+from megatron_emo.scaling.pictures.frontier import FlopsRule, tails
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture, write_table
 from megatron_emo.scaling.pictures.study import PictureSettings, read_study
+from megatron_emo.scaling.pictures.surface import draw_frontier, draw_overlay
 from megatron_emo.scaling.pictures.throughput import draw_throughput, read_throughput
 from megatron_emo.scaling.pictures.vertices import find_vertices
 
@@ -193,6 +195,87 @@ def test_residuals_are_predicted_minus_measured(album, study):
     predicted = law.loss(table.params, table.tokens)
     np.testing.assert_allclose([m.x for m in marks], predicted)
     np.testing.assert_allclose([m.y for m in marks], predicted - table.loss, atol=1e-12)
+
+
+def runs_of(surface, path, objectives=("mle", "emo1"), noise=0.003):
+    """A small table whose best sizes are far from all its runs'."""
+    rng = np.random.default_rng(1)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow("name,objective,seed,size,budget,params,tokens,flops,loss".split(","))
+        for budget in 2e11 * 2.0 ** np.arange(4):
+            for params in (39e3, 80e3, 132e3, 214e3, 392e3):
+                tokens = budget / 6 / params
+                loss = surface.loss(params, tokens)
+                for name in objectives:
+                    run = f"{name}-{params:.0f}-{budget:.0f}"
+                    own = loss * np.exp(rng.normal(0, noise))
+                    writer.writerow([run, name, 1, params, budget, params, tokens, budget, own])
+    return path
+
+
+def test_best_sizes_out_of_reach_are_said_and_the_other_pictures_drawn(tmp_path):
+    law = Surface(E=1.8172, A=795, B=20, alpha=0.3478, beta=0.3658)
+    study = read_study(runs_of(law, tmp_path / "runs.csv"), None, QUICK)
+    album = make_album(study)
+    drawn = {picture.name for picture in album.pictures}
+    assert drawn | set(dict(album.refused)) == NAMES
+    assert "emo1: the surface has its best sizes more than 30" in pick(album, "frontier").caption
+    for picture in album.pictures:
+        make_figure(picture).draw_without_rendering()
+        assert all(np.isfinite([mark.x, mark.y]).all() for mark in picture.marks)
+
+
+def test_a_frontier_without_any_best_size_is_refused(tmp_path):
+    law = Surface(E=1.8172, A=795, B=0.2, alpha=0.3478, beta=0.3658)
+    study = read_study(runs_of(law, tmp_path / "runs.csv", noise=0), None, QUICK)
+    for make in (draw_frontier, draw_overlay):
+        with pytest.raises(ValueError, match="mle: the surface has its best sizes more than 30"):
+            make(study)
+
+
+def test_tails_leave_out_draws_without_a_value_up_to_a_fifth():
+    draws = np.arange(10.0)[:, None] * np.ones(3)
+    draws[:2, 1] = draws[:3, 2] = np.nan
+    low, high = tails(draws, 0.5)
+    # Rank p (n + 1): 2.75 and 8.25 of 0 to 9, 2.25 and 6.75 of 2 to 9.
+    np.testing.assert_allclose([low[0], high[0], low[1], high[1]], [1.75, 7.25, 3.25, 7.75])
+    assert np.isnan([low[2], high[2]]).all()
+
+
+@pytest.mark.parametrize("ends", [(0.93, 1.07), (1.0, 1.15), (0.7, 1.3), (0.5, 3.0), (1e3, 1e9)])
+def test_axes_have_ticks_that_can_be_read(ends):
+    panel = Panel("p", Axis("C, training FLOPs", is_log=True), Axis("speedup", is_log=True))
+    marks = panel.points("a", "run", [1e15, 1e18], ends)
+    picture = Picture("p", "t", "c", (panel,), tuple(marks), {"run": "run"})
+    figure = make_figure(picture)
+    figure.draw_without_rendering()
+    low, high = figure.axes[0].get_ylim()
+    labels = [
+        text.get_text()
+        for at, text in zip(
+            figure.axes[0].get_yticks(), figure.axes[0].get_yticklabels(), strict=True
+        )
+        if low <= at <= high and text.get_text()
+    ]
+    assert 3 <= len(labels) <= 9 and len(set(labels)) == len(labels), labels
+
+
+def test_budgets_that_the_table_tells_apart_are_apart_in_the_picture(tmp_path):
+    path = write_runs(tmp_path / "runs.csv", ["mle"], budgets=2, seeds=1)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        if float(row["budget"]) > 1e15:
+            share = 1.23e15 / float(row["budget"])
+            for name in ("budget", "tokens", "flops"):
+                row[name] = float(row[name]) * share
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    picture = pick(make_album(read_study(path, None, QUICK)), "isoflop")
+    assert {mark.series for mark in picture.marks} == {"1e15", "1.2e15"}
 
 
 def test_an_objective_has_one_colour_in_all_pictures(figures):

@@ -183,11 +183,14 @@ def _set_scale(axes: Axes, panel: Panel) -> None:
 
 def _make_ticks() -> LogLocator:
     """Few enough to be read side by side: powers of ten, or 1, 2, 5 over a short way."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     class Ticks(LogLocator):
         def tick_values(self, low, high):
             decades = math.log10(max(high, 1e-300) / max(low, 1e-300))
+            # About 1, as of speedups: no round number of a decade is in sight.
+            if decades < 0.3:
+                return MaxNLocator(6).tick_values(low, high)
             if decades > 2.5:
                 self.set_params(subs=(1.0,), numticks=6)
             elif decades > 1.3:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_emo.scaling.laws.table import BUDGET_TOLERANCE, group_values
 from megatron_emo.scaling.pictures.drawing import format_flops
-from megatron_emo.scaling.pictures.frontier import FlopsRule
+from megatron_emo.scaling.pictures.frontier import FlopsRule, tails
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture
 from megatron_emo.scaling.pictures.study import Study, SurfaceLaw, describe_dropped, spread
 from megatron_emo.scaling.pictures.vertices import Vertices
@@ -18,12 +19,13 @@ LOSS = Axis("held-out loss, nats/token")
 def draw_isoflop(study: Study) -> Picture:
     """Return a panel an objective: loss against N by budget, parabolas, best sizes."""
     found, without = study.gather(study.vertices)
+    budgets = _name_budgets(found)
     marks: list[Mark] = []
     for name, own in found.items():
         panel = Panel(name, SIZE, LOSS)
         ends = own.intervals(study.settings.level)
         for at, curve in enumerate(own.curves):
-            series = _budget_name(found, curve.flops)
+            series = budgets[curve.flops]
             rows = curve.table
             marks += panel.points(series, "run", rows.params, rows.loss)
             marks += panel.points(series, "law", curve.places, curve.losses)
@@ -33,7 +35,7 @@ def draw_isoflop(study: Study) -> Picture:
                 **{"x_low": ends[0, [at], 0], "x_high": ends[1, [at], 0]},
                 **{"y_low": ends[0, [at], 2], "y_high": ends[1, [at], 2]},
             )
-    order = {name: at for at, name in enumerate(_budget_names(found))}
+    order = {name: at for at, name in enumerate(dict.fromkeys(budgets.values()))}
     marks.sort(key=lambda mark: order[mark.series])
     return Picture(
         name="isoflop",
@@ -47,25 +49,13 @@ def draw_isoflop(study: Study) -> Picture:
     )
 
 
-def _budgets(found: dict[str, Vertices]) -> list[list[float]]:
-    """Objectives' budgets of nearly the same C, which differ by what the loss adds."""
-    groups: list[list[float]] = []
-    for flops in sorted(curve.flops for own in found.values() for curve in own.curves):
-        if groups and flops < 1.25 * groups[-1][0]:
-            groups[-1].append(flops)
-        else:
-            groups.append([flops])
-    return groups
-
-
-def _budget_names(found: dict[str, Vertices]) -> list[str]:
-    return [format_flops(float(np.exp(np.log(group).mean()))) for group in _budgets(found)]
-
-
-def _budget_name(found: dict[str, Vertices], flops: float) -> str:
-    groups = _budgets(found)
-    at = next(at for at, group in enumerate(groups) if flops in group)
-    return _budget_names(found)[at]
+def _name_budgets(found: dict[str, Vertices]) -> dict[float, str]:
+    """Return {C: name} ascending; objectives' budgets differ by what the loss adds, and share
+    one."""
+    flops = np.unique([curve.flops for own in found.values() for curve in own.curves])
+    labels = group_values(flops, BUDGET_TOLERANCE)
+    means = [np.exp(np.log(flops[labels == label]).mean()) for label in labels]
+    return {float(c): format_flops(float(mean)) for c, mean in zip(flops, means, strict=True)}
 
 
 def _caption(study: Study, found: dict[str, Vertices], without: list[str]) -> str:
@@ -125,10 +115,8 @@ def draw_optima(study: Study) -> Picture:
 
 def _say_law(study: Study, own: Vertices) -> str:
     words = []
-    tails = [(1 - study.settings.level) / 2, (1 + study.settings.level) / 2]
     for quantity, letter in enumerate("ND"):
-        slopes = own.law_draws(quantity)[:, 0]
-        low, high = np.quantile(slopes, tails) if len(slopes) > 1 else (np.nan, np.nan)
+        (low,), (high,) = tails(own.law_draws(quantity)[:, :1], study.settings.level)
         words.append(f"{letter}* ~ C^{own.law(quantity)[0]:.3f} [{low:.3f}, {high:.3f}]")
     return ", ".join(words)
 
@@ -142,7 +130,7 @@ def _mark_optima(
         low, high = ends[0, :, quantity], ends[1, :, quantity]
         marks += panels[quantity].points(name, "found", flops, values, y_low=low, y_high=high)
     logs = own.draws[:, :, 1] - own.draws[:, :, 0]
-    low, high = np.array([_tails(column, level) for column in logs.T]).T
+    low, high = np.exp(tails(logs, level))
     ratio = own.optima.tokens / own.optima.params
     marks += panels[2].points(name, "found", flops, ratio, y_low=low, y_high=high)
     if len(flops) > 1:
@@ -160,15 +148,6 @@ def _mark_optima(
     return marks + _mark_surface(panels, name, surface)
 
 
-def _tails(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Ends of the exponentials of draws; NaN of too few."""
-    there = values[np.isfinite(values)]
-    if len(there) < 0.8 * len(values):
-        return np.nan, np.nan
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    return tuple(np.exp(np.quantile(there, tails, method="weibull")))
-
-
 def _mark_law(
     panel: Panel,
     name: str,
@@ -181,9 +160,7 @@ def _mark_law(
     values = np.exp(line[1] + line[0] * x)
     marks = panel.points(name, "law", grid, values)
     if len(drawn) > 1:
-        tails = [(1 - level) / 2, (1 + level) / 2]
-        band = np.exp(drawn[:, 1:] + drawn[:, :1] * x)
-        low, high = np.quantile(band, tails, axis=0, method="weibull")
+        low, high = np.exp(tails(drawn[:, 1:] + drawn[:, :1] * x, level))
         marks += panel.points(name, "band", grid, values, y_low=low, y_high=high)
     return marks
 

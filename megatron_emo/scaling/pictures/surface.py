@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from megatron_emo.scaling.laws.surfaces import Surface
-from megatron_emo.scaling.pictures.frontier import FlopsRule
+from megatron_emo.scaling.pictures.frontier import BEYOND, FlopsRule, tails
 from megatron_emo.scaling.pictures.isoflop import FLOPS, LOSS, SIZE
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture
 from megatron_emo.scaling.pictures.study import Study, SurfaceLaw, describe_dropped, spread
@@ -19,6 +21,7 @@ def draw_frontier(study: Study) -> Picture:
         panel = Panel(name, FLOPS, LOSS)
         marks += _mark_frontier(study, panel, name, law, with_forecast=True)
         words.append(f"{name}: {len(law.table)} runs. {_say_held_out(law)}")
+    words += _find_out_of_reach(found, marks)
     words += [*without, _describe_band(study), describe_dropped(study.tables)]
     return Picture(
         name="frontier",
@@ -54,6 +57,20 @@ def _say_held_out(law: SurfaceLaw) -> str:
     )
 
 
+def _find_out_of_reach(found: Mapping[str, SurfaceLaw], marks: Sequence[Mark]) -> list[str]:
+    """Say whose surface has no best size near its runs at any C.
+
+    Raises:
+        ValueError: no surface has one.
+    """
+    drawn = {mark.series for mark in marks if mark.kind == "law"}
+    beyond = f"best sizes more than {BEYOND:g} times beyond those of its runs at every C"
+    words = [f"{name}: the surface has its {beyond}." for name in found if name not in drawn]
+    if len(words) == len(found):
+        raise ValueError(" ".join(words))
+    return words
+
+
 def _mark_frontier(
     study: Study, panel: Panel, name: str, law: SurfaceLaw, with_forecast: bool
 ) -> list[Mark]:
@@ -64,7 +81,7 @@ def _mark_frontier(
     here = np.isfinite(loss)
     marks = panel.points(name, "law", grid[here], loss[here])
     low, high = frontier_band(rule, law.draws, grid, level)
-    here &= np.isfinite(low) & np.isfinite(high)
+    here &= np.isfinite(low)
     ends = {"y_low": low[here], "y_high": high[here]}
     marks += panel.points(name, "band", grid[here], loss[here], **ends)
     if with_forecast and law.without_largest is not None:
@@ -101,15 +118,12 @@ def frontier_band(
     rule: FlopsRule, draws: list[Surface], flops: np.ndarray, level: float
 ) -> np.ndarray:
     """Return low and high ends [2, n] of the least loss at flops [n]; NaN of too few draws."""
-    losses = np.array([rule.optimum(surface, flops)[2] for surface in draws])
-    losses = losses.reshape(-1, len(flops))
-    ends = np.full((2, len(flops)), np.nan)
-    for at, values in enumerate(losses.T):
-        values = values[np.isfinite(values)]
-        if len(values) > 1:
-            tails = [(1 - level) / 2, (1 + level) / 2]
-            ends[:, at] = np.quantile(values, tails, method="weibull")
-    return ends
+    return tails(_losses_of(rule, draws, flops), level)
+
+
+def _losses_of(rule: FlopsRule, draws: list[Surface], flops: np.ndarray) -> np.ndarray:
+    losses = [rule.optimum(surface, flops)[2] for surface in draws]
+    return np.array(losses).reshape(-1, len(flops))
 
 
 def draw_overlay(study: Study) -> Picture:
@@ -127,6 +141,7 @@ def draw_overlay(study: Study) -> Picture:
     if is_apart:
         marks += _mark_apart(study, apart, found)
     words = [f"{name}: {len(law.table)} runs." for name, law in found.items()]
+    words += _find_out_of_reach(found, marks)
     words += [] if is_apart else [f"No differences: no surface of {baseline} and another."]
     words += [*without, _describe_band(study), describe_dropped(study.tables)]
     if is_apart:
@@ -151,7 +166,7 @@ def _mark_apart(study: Study, panel: Panel, found: dict[str, SurfaceLaw]) -> lis
     grid = spread(base.table.flops.min(), study.settings.reach * largest)
     rule = FlopsRule.of_table(base.table)
     below = rule.optimum(base.fit.surface, grid)[2]
-    below_draws = np.array([rule.optimum(surface, grid)[2] for surface in base.draws])
+    below_draws = _losses_of(rule, base.draws, grid)
     marks = panel.points("", "reference", grid[[0, -1]], [0, 0])
     for name, law in found.items():
         if law is base:
@@ -160,16 +175,14 @@ def _mark_apart(study: Study, panel: Panel, found: dict[str, SurfaceLaw]) -> lis
         line = rule.optimum(law.fit.surface, grid)[2] - below
         here = np.isfinite(line)
         marks += panel.points(name, "law", grid[here], line[here])
-        draws = np.array([rule.optimum(surface, grid)[2] for surface in law.draws])
+        draws = _losses_of(rule, law.draws, grid)
         count = min(len(draws), len(below_draws))
-        if count > 1:
-            tails = [(1 - study.settings.level) / 2, (1 + study.settings.level) / 2]
-            # One seed gives both objectives the same resamples of lines: shifted, they are apart.
-            drawn = draws[:count] - np.roll(below_draws[:count], 1, axis=0)
-            drawn = drawn[np.isfinite(drawn).all(axis=1)]
-            low, high = np.quantile(drawn, tails, axis=0, method="weibull")
-            ends = {"y_low": low[here], "y_high": high[here]}
-            marks += panel.points(name, "band", grid[here], line[here], **ends)
+        # One seed gives both objectives the same resamples of lines: shifted, they are apart.
+        drawn = draws[:count] - np.roll(below_draws[:count], 1, axis=0)
+        low, high = tails(drawn, study.settings.level)
+        here &= np.isfinite(low)
+        ends = {"y_low": low[here], "y_high": high[here]}
+        marks += panel.points(name, "band", grid[here], line[here], **ends)
     return marks
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_emo.scaling.comparison.resampling import percentile_interval
 from megatron_emo.scaling.laws.fit import MIN_POINTS
 from megatron_emo.scaling.laws.frontier import Optima
 from megatron_emo.scaling.laws.isoflop import Refused, find_vertex
 from megatron_emo.scaling.laws.table import RunTable
+from megatron_emo.scaling.pictures.frontier import tails
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,7 @@ class Vertices:
 
     def intervals(self, level: float) -> np.ndarray:
         """Return low and high ends [2, budgets, 3] of N*, D* and the loss; NaN of few draws."""
-        ends = np.full((2, len(self.optima), 3), np.nan)
-        for budget in range(len(self.optima)):
-            for quantity in range(3):
-                values = self.draws[:, budget, quantity]
-                values = values[np.isfinite(values)]
-                if len(values) >= 0.8 * len(self.draws):
-                    found = percentile_interval(values, level)
-                    ends[:, budget, quantity] = found.low, found.high
+        ends = np.stack([tails(self.draws[:, :, q], level) for q in range(3)], axis=-1)
         ends[:, :, :2] = np.exp(ends[:, :, :2])
         return ends
 
