@@ -415,6 +415,16 @@ def test_throughput_against_gpus(tmp_path):
         ('[{"label": "a", "gpus": 0}]', "row 1, 'gpus': expected a number above 0, got 0"),
         ('[{"label": "a", "gpus": 1%s}]' % ("0" * 400), "row 1, 'gpus': expected a number above 0"),
         ("[" * 100_000, "expected JSON"),
+        (
+            '[{"label": "a", "gpus": 2, "tokens_per_s_per_gpu": 5, "efficiency": 1, '
+            '"tokens_per_s_per_gpu_low": "x"}]',
+            "'tokens_per_s_per_gpu_low': expected a number above 0, got 'x'",
+        ),
+        (
+            '{"failed": true, "rows": [{"label": "a", "gpus": 2, "tokens_per_s_per_gpu": 5, '
+            '"efficiency": 1}]}',
+            "failed: expected a list, got True",
+        ),
         ('[{"gpus": 2}]', "row 1, 'label': expected a text, got None"),
         (
             '[{"label": "a", "gpus": 2, "tokens_per_s_per_gpu": 5}]',

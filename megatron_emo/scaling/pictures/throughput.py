@@ -48,7 +48,7 @@ def read_throughput(path: str | os.PathLike) -> Throughput:
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f"--throughput {path}: expected rows with {', '.join(NEEDED)}, got none")
     for number, row in enumerate(rows, 1):
-        for name in NEEDED:
+        for name in (*NEEDED, *(end for end in _ENDS if end in row)):
             value = row.get(name)
             is_good = bool(value) if name == "label" else _is_number(value)
             if not is_good:
@@ -56,7 +56,9 @@ def read_throughput(path: str | os.PathLike) -> Throughput:
                 raise ValueError(
                     f"--throughput {path}: row {number}, {name!r}: expected {wanted}, got {value!r}"
                 )
-    failed = content.get("failed") or () if isinstance(content, dict) else ()
+    failed = content.get("failed") or [] if isinstance(content, dict) else []
+    if not isinstance(failed, list):
+        raise ValueError(f"--throughput {path}: failed: expected a list, got {failed!r:.40}")
     return Throughput(path.name, rows, tuple(map(str, failed)))
 
 
