@@ -47,6 +47,10 @@ def test_a_corpus_is_cut_between_its_groups_and_shares_nothing():
     assert len({tuple(held_out) for _, held_out in cuts}) > 5
     with pytest.raises(ValueError, match="--held-out-bytes: expected less than the text there is"):
         corpora.split_groups(groups, 3, 10_000)
+    with pytest.raises(ValueError, match="--held-out-bytes: expected at least 1, got -1"):
+        corpora.split_groups(groups, 3, -1)
+    with pytest.raises(ValueError, match="--held-out-bytes 1: expected text to hold out"):
+        corpora.split_groups([["  "], ["\n"]], 3, 1)
 
 
 def test_own_texts_become_two_files(tmp_path):
@@ -120,6 +124,13 @@ def test_every_task_finds_what_it_reads(tmp_path):
         (["--corpora", "nothing"], "--corpora: expected some of .*, got 'nothing'"),
         (["--corpora", ""], "--corpora: expected at least one, got none"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--jobs", "-1"], "--jobs: expected at least 1, got -1"),
+        (["--bootstrap", "-5"], "--bootstrap: expected at least 2, got -5"),
+        (["--bootstrap", "0"], "--bootstrap: expected at least 2, got 0"),
+        (["--held-out-bytes", "0"], "--held-out-bytes: expected at least 1, got 0"),
+        (["--corpora", "demo,demo"], "--corpora: expected each once, got demo,demo"),
+        (["--smoke", "--corpora", "demo,none"], "--corpora: expected some of .*, got 'none'"),
+        (["--data", f"x={__file__}"], "--data x: expected one of --corpora demo,wikitext, got"),
         (["--data", "x"], "--data: expected NAME=FILE,..., got 'x'"),
         (["--data", "x=none.txt"], "--data x: .*none.txt: no such file"),
     ],
@@ -134,6 +145,7 @@ def test_several_files_of_a_corpus(tmp_path):
     for path in paths:
         path.touch()
     assert parse_files([f"own={paths[0]},{paths[1]}"]) == {"own": tuple(paths)}
+    assert parse_files([f"own={path}" for path in paths]) == {"own": tuple(paths)}
 
 
 TRUTH = Surface(E=1.7, A=40.0, B=60.0, alpha=0.35, beta=0.4)

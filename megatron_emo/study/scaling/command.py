@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -53,7 +54,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=FILE,...",
-        help="own texts: .jsonl, .tokens (WikiText), else a document a line; can be repeated",
+        help="own texts: .jsonl, .tokens (WikiText), else a document a line; can be repeated, "
+        "for one name too",
     )
     add(
         "--held-out-bytes",
@@ -95,26 +97,35 @@ def build_study(args: argparse.Namespace) -> Study:
         ValueError: flags out of range, or a plan that is none.
         FileNotFoundError: no such file.
     """
-    if args.jobs < 1:
-        raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
+    draws = args.bootstrap if args.bootstrap is not None else (20 if args.smoke else 200)
+    # A comparison takes no fewer than two draws.
+    least = {"jobs": (args.jobs, 1), "bootstrap": (draws, 2)}
+    least["held-out-bytes"] = (args.held_out_bytes, 1)
+    for flag, (value, low) in least.items():
+        if value < low:
+            raise ValueError(f"--{flag}: expected at least {low}, got {value}")
     default = "plan_laptop_smoke.yaml" if args.smoke else "plan_laptop.yaml"
     plan = (args.plan or PLANS / default).absolute()
     corpora = tuple(filter(None, args.corpora.split(",")))
-    draws = args.bootstrap or (20 if args.smoke else 200)
+    files = parse_files(args.data)
+    for name in files:
+        if name not in corpora:
+            raise ValueError(f"--data {name}: expected one of --corpora {args.corpora}, got none")
     root = args.data_root.absolute()
     stories = (args.stories or root / "models" / "stories260K").absolute()
-    return Study(
+    study = Study(
         args.output.absolute(),
         plan,
         root,
         stories,
-        corpora[:1] if args.smoke else corpora,
+        corpora,
         read_objectives(plan),
         model=args.model and args.model.absolute(),
-        files=parse_files(args.data),
+        files=files,
         held_out_bytes=args.held_out_bytes,
         draws=draws,
     )
+    return replace(study, corpora=corpora[:1]) if args.smoke else study
 
 
 def read_objectives(plan: Path) -> tuple[str, ...]:
@@ -131,12 +142,12 @@ def read_objectives(plan: Path) -> tuple[str, ...]:
 
 
 def parse_files(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
-    """Return {corpus: files} of NAME=FILE,...
+    """Return {corpus: files} of NAME=FILE,..., all those of a name that is given twice.
 
     Raises:
         ValueError: another form, or a file that does not exist.
     """
-    files = {}
+    files: dict[str, tuple[Path, ...]] = {}
     for text in texts:
         name, _, value = text.partition("=")
         paths = tuple(Path(part).absolute() for part in value.split(",") if part)
@@ -145,7 +156,7 @@ def parse_files(texts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
         for path in paths:
             if not path.is_file():
                 raise ValueError(f"--data {name}: {path}: no such file")
-        files[name] = paths
+        files[name] = (*files.get(name, ()), *paths)
     return files
 
 

@@ -42,8 +42,10 @@ def split_groups(
     Each text is there once; one that is in groups of both sides is held out.
 
     Raises:
-        ValueError: no more text than is to be held out.
+        ValueError: nothing to hold out, or no more text than that.
     """
+    if held_out_bytes < 1:
+        raise ValueError(f"--held-out-bytes: expected at least 1, got {held_out_bytes}")
     order = list(groups)
     random.Random(seed).shuffle(order)
     chosen: list[str] = []
@@ -52,6 +54,10 @@ def split_groups(
     seen: set[str] = set()
     held_out = _take_new(chosen, seen)
     train = _take_new((text for group in order for text in group), seen)
+    if not held_out:
+        raise ValueError(
+            f"--held-out-bytes {held_out_bytes:,}: expected text to hold out, got blank documents"
+        )
     if not train:
         raise ValueError(
             f"--held-out-bytes: expected less than the text there is, got {held_out_bytes:,}"

@@ -44,6 +44,8 @@ class Study:
     def __post_init__(self) -> None:
         if not self.corpora:
             raise ValueError("--corpora: expected at least one, got none")
+        if len(set(self.corpora)) < len(self.corpora):
+            raise ValueError(f"--corpora: expected each once, got {','.join(self.corpora)}")
         known = {*CORPORA, DEMO, *self.files}
         for name in self.corpora:
             if name not in known:
