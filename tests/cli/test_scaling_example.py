@@ -207,6 +207,9 @@ def test_the_page_says_what_the_runs_say(scored, tmp_path, in_process, monkeypat
     summary.main([*flags, "--output", str(tmp_path / "results")])
     page = (tmp_path / "results" / "table.md").read_text()
     assert page.strip() in capsys.readouterr().out
+    assert "## Best sizes (approach 2), C is flops_all of runs.csv" in page
+    assert "## Laws, 80% intervals" in page and "90% intervals: held-out" in page
+    assert "| emo1 | 1.1e+12 |" in page and "resamples without" not in page
     assert "40 runs: 4 budgets from 1e+12 to 8e+12 FLOPs x 5 sizes x 2 objectives" in page
     assert "held-out loss +0.0200 [+0.0200, +0.0200] nats/token at equal tokens" in page
     found = read_records([tmp_path / "results" / "summary.json"])
@@ -224,6 +227,49 @@ def test_the_page_says_what_the_runs_say(scored, tmp_path, in_process, monkeypat
     for column in zip(*cells, strict=True):
         least = min(float(cell.strip("*")) for cell in column)
         assert [cell for cell in column if "**" in cell] == [f"**{least:.4f}**"]
+
+
+def test_the_page_says_which_resamples_had_no_law(scored, tmp_path, in_process, monkeypatch):
+    for module in (laws, summary):
+        monkeypatch.setattr(module, "APPROACHES", ("vpnls",))
+    find_laws(scored, tmp_path / "laws", draws=2)
+    for name, keys in (("mle_vpnls", ("bootstrap", "failures")), ("compare", ("failed_draws",))):
+        path = tmp_path / "laws" / f"{name}.json"
+        content = json.loads(path.read_text())
+        at = content["objectives"][0] if name == "compare" else content[keys[0]]
+        at[keys[-1]] = {"no slope": 1}
+        path.write_text(json.dumps(content))
+    page = summary.write_summary("toy", scored, tmp_path / "laws", tmp_path / "results")
+    assert "mle, approach vpnls: 1 of 2 resamples without a law (1: no slope)." in page
+    assert "1 of 2 resamples without a law or a pair's speedup (1: no slope)." in page
+    assert "emo1, approach" not in page
+
+
+def test_runs_without_budgets_have_laws_and_a_page(scored, tmp_path, in_process, monkeypatch):
+    for module in (laws, summary):
+        monkeypatch.setattr(module, "APPROACHES", ("2", "vpnls"))
+    with open(scored / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(scored / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "budget": ""} for row in rows)
+    find_laws(scored, tmp_path / "laws", draws=2)
+    page = summary.write_summary("toy", scored, tmp_path / "laws", tmp_path / "results")
+    assert "runs: without budgets, 6.6e+04 to" in page and "Refused" not in page
+    assert "**emo1 against mle**, 20 pairs" in page
+    losses = [line for line in page.splitlines() if "D/N" not in line and line.startswith("| s")]
+    assert len(losses) == 40
+    row = next(row for row in rows if row["label"] == "mle")
+    ratio = float(row["tokens"]) / float(row["params"])
+    cells = (row["size"], f"{float(row['params']):,.0f}", "mle", f"{int(row['tokens']):,}")
+    assert f"| {' | '.join(cells)} | {ratio:.3g} | {float(row['loss']):.4f} |" in losses
+
+
+def test_a_table_without_runs_has_no_laws(scored, tmp_path):
+    (scored / "runs.csv").write_text("name,budget\n")
+    with pytest.raises(SystemExit, match="laws: --csv .*: expected runs of `score`, got none"):
+        find_laws(scored, tmp_path / "laws")
 
 
 def test_what_a_fit_refuses_is_on_the_page(scored, tmp_path, in_process, monkeypatch):

@@ -25,12 +25,8 @@ from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.running import score
 from megatron_emo.scaling.running.finished_runs import Unfinished, read_finished
 from megatron_emo.scaling.running.score import ScoreSettings, read_score, score_run
-from megatron_emo.scaling.running.score_table import (
-    FOR_COMPARE,
-    FOR_FIT,
-    make_row,
-    write_table,
-)
+from megatron_emo.scaling.running.score_table import make_row, write_table
+from megatron_emo.study.scaling.columns import compare_columns, fit_columns
 
 STEPS = 100
 TEXTS = ["It is about world. sports.", "so good and so bad it is", "film, the: bad. Review", "I"]
@@ -284,7 +280,9 @@ def test_fit_takes_the_table_as_it_is(table):
     from megatron_emo.scaling.laws import fit_command
 
     path, truth = table
-    for columns in (FOR_FIT, FOR_FIT + ",budget=budget", "params=params,tokens=tokens,loss=loss"):
+    with_budgets, without = (fit_columns([{"budget": budget}]) for budget in (1e12, ""))
+    assert with_budgets == without + ",budget=budget"
+    for columns in (without, with_budgets, "params=params,tokens=tokens,loss=loss"):
         flags = ("--csv", path, "--columns", columns, "--where", "label=mle")
         law = run_command(fit_command, add_fit_arguments, (*flags, "--approach", "vpnls"))
         assert law["E"] == pytest.approx(truth.E, abs=1e-4) and law["n"] == 12
@@ -294,7 +292,7 @@ def test_compare_takes_the_table_as_it_is(table):
     from megatron_emo.scaling.comparison import compare_command
 
     path, _ = table
-    columns = FOR_COMPARE + ",budget=budget"
+    columns = compare_columns([{"budget": 1e12}])
     flags = ("--csv", path, "--columns", columns, "--bootstrap", 20)
     found = run_command(compare_command, compare_command.add_arguments, flags)
     [emo] = found["objectives"]

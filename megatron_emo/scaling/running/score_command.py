@@ -43,9 +43,10 @@ from megatron_emo.scaling.running.score import (
     read_score,
     score_run,
 )
-from megatron_emo.scaling.running.score_table import FOR_COMPARE, FOR_FIT, make_row, write_table
+from megatron_emo.scaling.running.score_table import make_row, write_table
 from megatron_emo.scaling.running.study_files import take_lock
 from megatron_emo.scaling.running.study_folder import read_manifest
+from megatron_emo.study.scaling.columns import compare_columns, fit_columns
 
 MAX_SHOWN = 10
 
@@ -161,13 +162,13 @@ def _format_missing(reasons: Sequence[str], planned: int) -> str:
 
 
 def _format_end(path: Path, rows: Sequence[dict]) -> str:
-    budget = ",budget=budget" if all(row["budget"] != "" for row in rows) else ""
-    tool = f"python tools/scaling_study.py {{}} --csv {path} --columns {{}}{budget}"
+    tool = f"python tools/scaling_study.py {{}} --csv {path} --columns {{}}"
     return "\n".join(
         [
             f"{path}: {len(rows)} runs",
-            tool.format("fit", FOR_FIT) + f" --where label={rows[0]['label']} --approach 3",
-            tool.format("compare", FOR_COMPARE),
+            tool.format("fit", fit_columns(rows))
+            + f" --where label={rows[0]['label']} --approach 3",
+            tool.format("compare", compare_columns(rows)),
         ]
     )
 

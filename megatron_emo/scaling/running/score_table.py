@@ -16,12 +16,6 @@ COLUMNS = (
     *(NUMBERS[0], NUMBERS[1], "tokens", *NUMBERS[2:], "flops_all"),
     *("gpu_hours", "loss", "bits_per_byte", "documents"),
 )
-FOR_FIT = "params=params,tokens=tokens,flops=flops,loss=loss"
-FOR_COMPARE = (
-    "objective=label,params=params,tokens=tokens,flops=flops_all,loss=loss,seed=seed,"
-    "hours=gpu_hours,run=name,documents=documents"
-)
-"""--columns of both; a study of budgets has budget=budget too."""
 
 
 def make_row(run: FinishedRun, records: Sequence[Record], output: Path) -> dict:

@@ -9,6 +9,7 @@ Writes OBJECTIVE_APPROACH.json for approaches 1, 2, 3 and vpnls, and compare.jso
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -17,12 +18,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_emo.study.scaling.columns import compare_columns, fit_columns
+
 APPROACHES = ("1", "2", "3", "vpnls")
-FIT_COLUMNS = "params=params,tokens=tokens,flops=flops,loss=loss,budget=budget"
-COMPARE_COLUMNS = (
-    "objective=label,params=params,tokens=tokens,flops=flops_all,loss=loss,seed=seed,"
-    "hours=gpu_hours,budget=budget,run=name,documents=documents"
-)
 COMPARISON = "compare.json"
 _TOOL = Path(__file__).resolve().parents[3] / "tools" / "scaling_study.py"
 
@@ -35,14 +33,22 @@ def law_name(objective: str, approach: str) -> str:
 def list_commands(
     table: Path, objectives: Sequence[str], draws: int
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (name of the JSON, flags of tools/scaling_study.py without --json)."""
+    """Yield (name of the JSON, flags of tools/scaling_study.py without --json).
+
+    Raises:
+        ValueError: a table without runs or without a column budget.
+    """
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "budget" not in rows[0]:
+        raise ValueError(f"--csv {table}: expected runs of `score`, got none")
     for objective in objectives:
         for approach in APPROACHES:
-            flags = ("fit", "--csv", str(table), "--columns", FIT_COLUMNS)
+            flags = ("fit", "--csv", str(table), "--columns", fit_columns(rows))
             flags += ("--where", f"label={objective}", "--approach", approach)
             yield law_name(objective, approach), (*flags, "--bootstrap", str(draws))
     if len(objectives) > 1:
-        flags = ("compare", "--csv", str(table), "--columns", COMPARE_COLUMNS)
+        flags = ("compare", "--csv", str(table), "--columns", compare_columns(rows))
         flags += ("--baseline", objectives[0], "--others", ",".join(objectives[1:]))
         yield COMPARISON, (*flags, "--bootstrap", str(draws))
 
@@ -85,10 +91,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.csv.is_file():
         raise SystemExit(f"laws: --csv {args.csv}: no such file")
+    try:
+        commands = list(list_commands(args.csv, args.objectives.split(","), args.bootstrap))
+    except ValueError as error:
+        raise SystemExit(f"laws: {error}") from error
     part = args.output.with_name(f".{args.output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    commands = list(list_commands(args.csv, args.objectives.split(","), args.bootstrap))
     for number, (name, flags) in enumerate(commands, 1):
         print(f"== [{number}/{len(commands)}] {name}", flush=True)
         try:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_emo.evaluation.records import Interval, Record, hash_file, read_records
 from megatron_emo.study.results import write_results
+from megatron_emo.study.scaling.columns import has_budgets
 from megatron_emo.study.scaling.laws import APPROACHES, COMPARISON, law_name
 
 PARAMETERS = ("E", "alpha", "beta", "a")
@@ -29,20 +31,26 @@ _RESOURCES = {"tokens": "tokens", "flops": "FLOPs", "hours": "measured hours"}
 
 
 def read_rows(table: Path) -> list[dict]:
-    """Return the rows of runs.csv, numbers as floats.
+    """Return the rows of runs.csv, numbers as floats; budget is None where a row has none.
 
     Raises:
-        ValueError: no rows, or rows without a budget.
+        ValueError: no rows, or cells that are no numbers.
     """
-    numbers = ("budget", "params", "tokens", "flops", "flops_all", "gpu_hours", "loss")
+    numbers = ("params", "tokens", "flops", "flops_all", "gpu_hours", "loss")
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"--study: {table}: expected runs, got none")
     try:
-        return [{**row, **{name: float(row[name]) for name in numbers}} for row in rows]
+        return [
+            {**row, **{name: float(row[name]) for name in numbers}}
+            | {"budget": float(row["budget"]) if row["budget"] else None}
+            for row in rows
+        ]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"--study: {table}: expected numbers in {numbers}: {error}") from error
+        raise ValueError(
+            f"--study: {table}: expected numbers in budget, {', '.join(numbers)}: {error}"
+        ) from error
 
 
 def law_records(laws: Mapping[tuple[str, str], Mapping], corpus: str) -> Iterator[Record]:
@@ -97,7 +105,8 @@ def format_page(
     corpus: str, rows: Sequence[Mapping], laws: Mapping, comparison: Mapping | None
 ) -> str:
     """Return the Markdown page: sentence, losses, best sizes, laws, what was refused."""
-    lines = [f"# {corpus}", "", *_sentences(rows, comparison), "", *_losses(rows), ""]
+    lines = [f"# {corpus}", "", *_sentences(rows, comparison), ""]
+    lines += [*(_losses if has_budgets(rows) else _runs)(rows), ""]
     lines += [*_optima(laws), "", *_laws(laws), ""]
     refused = {f"{o}, approach {a}": law["refused"] for (o, a), law in laws.items() if _is_no(law)}
     if comparison is not None and _is_no(comparison):
@@ -113,18 +122,20 @@ def _is_no(content: Mapping) -> bool:
 
 
 def _sentences(rows: Sequence[Mapping], comparison: Mapping | None) -> list[str]:
-    low, high = (pick(row["budget"] for row in rows) for pick in (min, max))
     sizes = len({row["size"] for row in rows})
     hours = sum(row["gpu_hours"] for row in rows)
     lines = [
-        f"{len(rows)} runs: {len({row['budget'] for row in rows})} budgets from {low:.2g} to "
-        f"{high:.2g} FLOPs x {sizes} sizes x {len({row['label'] for row in rows})} objectives; "
-        f"{hours:.2f} hours of steps on one core each."
+        f"{len(rows)} runs: {_spread(rows)} x {sizes} sizes x "
+        f"{len({row['label'] for row in rows})} objectives; {hours:.2f} hours of steps on one "
+        "core each."
     ]
     if comparison is None or _is_no(comparison):
         return lines
     level = comparison["level"]
     for found in comparison["objectives"]:
+        # Those without a speedup count for what they do say, those without a law for nothing.
+        lacking = "a law or a pair's speedup"
+        failed = _failures(found["failed_draws"], comparison["draws"], lacking)
         parts = [
             f"{_show(found['overall']['differences'][name], '+.4f')} nats/token at equal {what}"
             for name, what in _RESOURCES.items()
@@ -139,9 +150,27 @@ def _sentences(rows: Sequence[Mapping], comparison: Mapping | None) -> list[str]
             "",
             f"**{found['objective']} against {comparison['baseline']}**, {found['n']} pairs, "
             f"{level:.0%} intervals: held-out loss {'; '.join(parts)}. Effective speedup "
-            f"{'; '.join(speedups)}: below 1 it needs more than {comparison['baseline']} does.",
+            f"{'; '.join(speedups)}: below 1 it needs more than {comparison['baseline']} does."
+            + (f" {failed}." if failed else ""),
         ]
     return lines
+
+
+def _spread(rows: Sequence[Mapping]) -> str:
+    what = "budget" if has_budgets(rows) else "tokens"
+    values = {row[what] for row in rows}
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    if what == "tokens":
+        return f"without budgets, {low} to {high} tokens"
+    return f"{len(values)} budgets from {low} to {high} FLOPs"
+
+
+def _failures(failures: Mapping[str, int], draws: int, lacking: str) -> str:
+    """Return how many of the draws are without what is lacking, and why; "" where none is."""
+    if not failures:
+        return ""
+    reasons = "; ".join(f"{count}: {' '.join(why.split())}" for why, count in failures.items())
+    return f"{sum(failures.values())} of {draws} resamples without {lacking} ({reasons})"
 
 
 def _show(estimate: Mapping, form: str) -> str:
@@ -179,6 +208,20 @@ def _losses(rows: Sequence[Mapping]) -> list[str]:
     return lines
 
 
+def _runs(rows: Sequence[Mapping]) -> list[str]:
+    """A row a size, objective and number of tokens, of runs without budgets; means over seeds."""
+    lines = ["## Held-out loss, nats/token", "", "| size | N | | D | D/N | loss |"]
+    lines += ["|---|---|---|---|---|---|"]
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        key = (row["params"], row["size"], row["tokens"], row["label"])
+        groups.setdefault(key, []).append(row["loss"])
+    for (params, size, tokens, label), losses in sorted(groups.items(), key=lambda g: g[0][:3]):
+        cells = (f"{params:,.0f}", label, f"{tokens:,.0f}", f"{tokens / params:.3g}")
+        lines.append(f"| {size} | {' | '.join(cells)} | {sum(losses) / len(losses):.4f} |")
+    return lines
+
+
 def _mean_loss(rows: Sequence[Mapping], params: float, label: str, budget: float) -> float | None:
     here = [
         row["loss"]
@@ -189,7 +232,9 @@ def _mean_loss(rows: Sequence[Mapping], params: float, label: str, budget: float
 
 
 def _optima(laws: Mapping) -> list[str]:
-    lines = ["## Best sizes (approach 2)", "", "| objective | C | N* | D* | D*/N* |"]
+    found = {re.findall(r"(?:^|,)flops=([^,]*)", law["columns"])[0] for law in _fitted(laws)}
+    of = f", C is {' or '.join(sorted(found))} of runs.csv" if found else ""
+    lines = [f"## Best sizes (approach 2){of}", "", "| objective | C | N* | D* | D*/N* |"]
     lines += ["|---|---|---|---|---|"]
     for (objective, approach), law in laws.items():
         if approach != "2" or not law.get("frontier"):
@@ -207,7 +252,13 @@ def _optima(laws: Mapping) -> list[str]:
 
 def _laws(laws: Mapping) -> list[str]:
     head = " | ".join(PARAMETERS)
-    lines = ["## Laws", "", f"| objective | approach | {head} | n | largest budget left out |"]
+    levels = {found["level"] for law in _fitted(laws) for found in law["intervals"].values()}
+    of = " and ".join(f"{level:.0%}" for level in sorted(levels))
+    lines = [
+        f"## Laws{of and f', {of} intervals'}",
+        "",
+        f"| objective | approach | {head} | n | largest budget left out |",
+    ]
     lines += ["|---|---|" + "---|" * (len(PARAMETERS) + 2)]
     for (objective, approach), law in laws.items():
         if _is_no(law):
@@ -220,7 +271,16 @@ def _laws(laws: Mapping) -> list[str]:
         ]
         cells += [str(law["n"]), _held_out(law["leave_largest_out"])]
         lines.append(f"| {objective} | {approach} | {' | '.join(cells)} |")
+    for (objective, approach), law in laws.items():
+        bootstrap = None if _is_no(law) else law["bootstrap"]
+        if bootstrap and bootstrap["failures"]:
+            failed = _failures(bootstrap["failures"], bootstrap["draws"], "a law")
+            lines += ["", f"{objective}, approach {approach}: {failed}."]
     return lines
+
+
+def _fitted(laws: Mapping) -> list[Mapping]:
+    return [law for law in laws.values() if not _is_no(law)]
 
 
 def _held_out(found: Mapping) -> str:
