@@ -22,7 +22,7 @@ from megatron_emo.scaling.speed import estimate_command
 from megatron_emo.scaling.speed.cluster import Cluster, Efficiency, Link, cluster_of
 from megatron_emo.scaling.speed.cluster_layouts import LayoutRules, find_obstacle, name_layout
 from megatron_emo.scaling.speed.cluster_measure import SCHEMA, cluster_from_entry, fit_line
-from megatron_emo.scaling.speed.cost_model import bubble_share, estimate_step, run_pipeline
+from megatron_emo.scaling.speed.cost_model import estimate_step, run_pipeline
 from megatron_emo.scaling.speed.cost_model_loss import LossTerms, cost_of_loss, make_loss_terms
 from megatron_emo.scaling.speed.estimate import find_layouts, rank_layouts
 from megatron_emo.scaling.speed.estimate_against import compare_measured, summarise_comparison
@@ -111,8 +111,7 @@ def test_products_take_the_longer_of_flops_and_bytes(bare):
 def test_the_bubble_of_equal_stages_is_the_known_share(p, m, v):
     seconds = run_pipeline([0.5] * p, m, v)
     assert seconds == pytest.approx(0.5 * (m + (p - 1) / v))
-    assert (seconds - 0.5 * m) / seconds == pytest.approx(bubble_share(p, m, v))
-    assert bubble_share(p, m) == pytest.approx((p - 1) / (m + p - 1))
+    assert (seconds - 0.5 * m) / seconds == pytest.approx((p - 1) / (v * m + p - 1))
 
 
 def test_the_bubble_is_what_a_simulated_schedule_leaves():

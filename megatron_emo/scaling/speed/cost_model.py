@@ -99,11 +99,6 @@ def run_pipeline(stages: list[float], num_microbatches: int, virtual: int = 1) -
     return num_microbatches * slowest + (sum(stages) - slowest) / virtual
 
 
-def bubble_share(stages: int, num_microbatches: int, virtual: int = 1) -> float:
-    """Return the share of a step that equal stages wait: (p - 1) / (v m + p - 1)."""
-    return (stages - 1) / (virtual * num_microbatches + stages - 1)
-
-
 def _passing(shape: ModelShape, layout: Layout, cluster: Cluster) -> float:
     """A microbatch's activations forward and their gradients back, in and out of a rank.
 
