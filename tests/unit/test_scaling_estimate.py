@@ -289,13 +289,13 @@ def test_published_tokens_a_second_are_met_within_a_fifth(sizes, layout, batch, 
     assert found == pytest.approx(published, rel=0.2)
 
 
-@pytest.mark.parametrize("gpus", [8, 512])
+@pytest.mark.parametrize("gpus", [8, 12, 512])
 def test_all_layouts_that_can_be_are_found_and_no_other(gpus):
     """Against a search over all numbers, each tried by the same rules."""
     spec = parse_study(STUDY)
     shape = spec.shape("8b", 1)
     small = replace(shape, num_layers=4, num_attention_heads=8, num_query_groups=4)
-    rules = LayoutRules(16, 8)
+    rules = LayoutRules(48, 8)
     from megatron_emo.scaling.speed.cluster_layouts import enumerate_layouts
 
     found = [name_layout(layout) for layout in enumerate_layouts(small, gpus, rules)]
@@ -305,12 +305,13 @@ def test_all_layouts_that_can_be_are_found_and_no_other(gpus):
         if gpus % (tp * pp * cp):
             continue
         dp = gpus // (tp * pp * cp)
-        fits = 4 % tp == 0 and 4 % pp == 0 and 16 % (dp * mb) == 0 and 4096 % cp == 0
-        m = 16 // (dp * mb)
+        fits = 4 % tp == 0 and 4 % pp == 0 and 48 % (dp * mb) == 0 and 4096 % cp == 0
+        fits &= (6 if gpus == 12 else 8) % tp == 0  # 12 GPUs are two nodes of 6
+        m = 48 // (dp * mb)
         fits &= vp == 1 or (pp > 1 and (4 // pp) % vp == 0 and m % pp == 0)
         if fits:
             expected.add(name_layout(Layout(gpus, tp, pp, cp, 1, mb, virtual_pipeline=vp)))
-    assert len(found) == len(set(found)) and set(found) == expected
+    assert expected and len(found) == len(set(found)) and set(found) == expected
 
 
 def test_obstacles_are_named():
@@ -328,6 +329,11 @@ def test_obstacles_are_named():
     assert "6 microbatches" in why(
         LayoutRules(6, 8), gpus=4, pipeline_parallel=4, virtual_pipeline=2
     )
+    odd = replace(EIGHT_B, seq_length=65)
+    assert "4 to divide seq_length 65" in why(shape=odd, gpus=2, context_parallel=2)
+    even = replace(EIGHT_B, seq_length=68)
+    assert not why(shape=even, gpus=2, context_parallel=2)
+    assert "8 to divide seq_length 68" in why(shape=even, gpus=4, context_parallel=4)
     assert "experts 1" in why(gpus=2, expert_parallel=2)
     experts = replace(EIGHT_B, num_experts=8)
     assert "data_parallel x context_parallel = 2" in why(shape=experts, gpus=2, expert_parallel=4)

@@ -116,6 +116,34 @@ def test_files_are_refused_by_key(changes, message):
         study(**changes)
 
 
+@pytest.mark.parametrize(
+    ("layout", "nodes", "message"),
+    [
+        ({"tensor_parallel": 4, "data_parallel": 3}, 2, "tensor_parallel 4: .* divisor of 6, the"),
+        ({"data_parallel": 10}, 2, None),
+        ({"tensor_parallel": 4, "data_parallel": 6}, 3, None),
+        ({"data_parallel": 17}, 3, "17 ranks: expected the same number on each of 3 nodes"),
+    ],
+)
+def test_no_tensor_parallel_group_spans_nodes(layout, nodes, message):
+    launch = {"nodes": nodes, "gpus_per_node": 8}
+    spec = study(layouts=[layout], mode="weak", launch=launch)
+    if message:
+        with pytest.raises(PlanError, match=message):
+            make_cells(spec)
+    else:
+        assert make_cells(spec)[0]
+
+
+def test_a_recipe_names_a_flag_once():
+    layout = {"pipeline_parallel": 2, "virtual_pipeline": 2, "tensor_parallel": 2}
+    spec = study(layouts=[layout], launch={"gpus_per_node": 4})
+    (cell, *_), _ = make_cells(spec)
+    flags = [word for word in shlex.split(recipe_text(cell, spec, TIMING)) if "--" in word]
+    assert len(flags) == len(set(flags))
+    assert "--num-virtual-stages-per-pipeline-rank" in flags
+
+
 def test_objectives_take_turns():
     cells, _ = make_cells(study(rounds=2))
     first = [(c.round, c.layout_name, c.objective.label) for c in cells]

@@ -40,6 +40,11 @@ class LayoutRules:
     is_cpu: bool = False
 
 
+def count_nodes(gpus: int, ranks_per_node: int) -> int:
+    """Return the fewest nodes that have room for so many ranks."""
+    return -(-gpus // ranks_per_node)
+
+
 def find_obstacle(shape: ModelShape, layout: Layout, rules: LayoutRules) -> str:
     """Return why a layout cannot be, naming the setting, or "" where it can."""
     for name, what, whole in (
@@ -49,15 +54,18 @@ def find_obstacle(shape: ModelShape, layout: Layout, rules: LayoutRules) -> str:
         ("tensor_parallel", "padded vocabulary", shape.padded_vocab_size),
         ("pipeline_parallel", "layers", shape.num_layers),
         ("virtual_pipeline", "layers of a rank", shape.num_layers // layout.pipeline_parallel),
-        ("context_parallel", "half of seq_length", max(1, shape.seq_length // 2)),
         ("expert_parallel", "experts", shape.num_experts or 1),
     ):
         cut = getattr(layout, name)
         if cut > 1 and whole % cut:
             return f"{name} {cut}: expected a divisor of {what} {whole}"
-    if layout.context_parallel > 1 and rules.is_cpu:
-        return f"context_parallel {layout.context_parallel}: expected 1 on a CPU"
-    return _find_batch_obstacle(shape, layout, rules)
+    cp = layout.context_parallel
+    if cp > 1 and rules.is_cpu:
+        return f"context_parallel {cp}: expected 1 on a CPU"
+    if cp > 1 and shape.seq_length % (2 * cp):
+        # Each rank has one chunk from the front and one from the back, for causal attention.
+        return f"context_parallel {cp}: expected {2 * cp} to divide seq_length {shape.seq_length}"
+    return _find_batch_obstacle(shape, layout, rules) or _find_node_obstacle(layout, rules)
 
 
 def _find_batch_obstacle(shape: ModelShape, layout: Layout, rules: LayoutRules) -> str:
@@ -86,6 +94,22 @@ def _find_batch_obstacle(shape: ModelShape, layout: Layout, rules: LayoutRules) 
     return ""
 
 
+def _find_node_obstacle(layout: Layout, rules: LayoutRules) -> str:
+    nodes = count_nodes(layout.gpus, rules.ranks_per_node)
+    here, left = divmod(layout.gpus, nodes)
+    if left:
+        return (
+            f"{layout.gpus} ranks: expected the same number on each of {nodes} nodes of up to "
+            f"{rules.ranks_per_node}"
+        )
+    if here % layout.tensor_parallel:
+        return (
+            f"tensor_parallel {layout.tensor_parallel}: expected a divisor of {here}, the ranks of "
+            f"each of {nodes} nodes"
+        )
+    return ""
+
+
 def enumerate_layouts(shape: ModelShape, gpus: int, rules: LayoutRules) -> Iterator[Layout]:
     """Yield all layouts of a model on so many ranks that can be.
 
@@ -93,7 +117,7 @@ def enumerate_layouts(shape: ModelShape, gpus: int, rules: LayoutRules) -> Itera
     the first to 16; at most 8 virtual stages; sequence parallelism always on GPUs and tried both
     ways on a CPU, where no optimizer is distributed.
     """
-    for tp in _divisors(min(gpus, rules.ranks_per_node)):
+    for tp in _divisors(gpus // count_nodes(gpus, rules.ranks_per_node)):
         for pp in _divisors(shape.num_layers):
             for cp in _powers(1 if rules.is_cpu else shape.seq_length // 2):
                 if gpus % (tp * pp * cp) == 0:

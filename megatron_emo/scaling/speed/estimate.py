@@ -114,6 +114,7 @@ def find_layouts(spec: StudySpec, size: str, gpus: int, cluster: Cluster) -> lis
         raise PlanError(
             f"--gpus {gpus}: size {size}: expected a layout that divides batch {spec.batch}, "
             f"{shape.num_layers} layers, {shape.num_attention_heads} heads and "
-            f"{shape.groups} query groups, got none"
+            f"{shape.groups} query groups, with as many GPUs on each node of up to "
+            f"{cluster.ranks_per_node}, got none"
         )
     return found

@@ -14,7 +14,7 @@ from megatron_emo.scaling.counts.shape import ModelShape
 from megatron_emo.scaling.plans.plan_file import Objective, PlanError
 from megatron_emo.scaling.plans.recipe import make_shape
 from megatron_emo.scaling.plans.run_arguments import model_arguments, parallel_arguments
-from megatron_emo.scaling.speed.cluster_layouts import find_obstacle, name_layout
+from megatron_emo.scaling.speed.cluster_layouts import count_nodes, find_obstacle, name_layout
 from megatron_emo.scaling.speed.throughput_file import StudySpec
 
 _OPTIMIZER = (
@@ -129,13 +129,10 @@ def recipe_text(cell: Cell, spec: StudySpec, timing: Timing) -> str:
         training.append("--bf16")
     if spec.precision == "fp8":
         training += ["--fp8-format", "hybrid"]
-    parallel = parallel_arguments(layout)
-    if layout.virtual_pipeline > 1:
-        parallel += ["--num-virtual-stages-per-pipeline-rank", layout.virtual_pipeline]
     arrays = {
         "MODEL_ARGS": model_arguments(cell),
         "TRAINING_ARGS": training,
-        "MODEL_PARALLEL_ARGS": parallel,
+        "MODEL_PARALLEL_ARGS": parallel_arguments(layout),
     }
     lines = ["# shellcheck shell=bash disable=SC2034  # train.sh reads these", f"# {cell.name}"]
     lines += [f"{name}=({shlex.join(map(str, words))})" for name, words in arrays.items()]
@@ -164,12 +161,7 @@ def nodes_of(cell: Cell, spec: StudySpec) -> int:
     Raises:
         PlanError: more than one without a Slurm allocation and the address of its first node.
     """
-    nodes = -(-cell.layout.gpus // spec.launch.node_ranks)
-    if cell.layout.gpus % nodes:
-        raise PlanError(
-            f"{cell.name}: expected ranks to fill nodes of {spec.launch.node_ranks} evenly, got "
-            f"{cell.layout.gpus}"
-        )
+    nodes = count_nodes(cell.layout.gpus, spec.launch.node_ranks)
     if nodes > 1 and not (os.environ.get("SLURM_JOB_ID") and os.environ.get("MASTER_ADDR")):
         raise PlanError(
             f"{cell.name}: {nodes} nodes: expected a Slurm allocation (SLURM_JOB_ID) and "
