@@ -32,7 +32,6 @@ from megatron_emo.scaling.speed.throughput_report import (
     peak_flops,
     speedup,
     strong_efficiency,
-    weak_efficiency,
 )
 
 TIMING = Timing(steps=4, warmup=2)
@@ -56,7 +55,6 @@ def test_speedup_and_efficiency():
     assert speedup(8.0, 2.0) == 4.0
     assert strong_efficiency(8.0, 1, 2.0, 8) == 0.5
     assert strong_efficiency(8.0, 4, 4.0, 8) == 1.0
-    assert weak_efficiency(8.0, 10.0) == 0.8
 
 
 def test_a_grid_is_all_combinations_once():
@@ -281,9 +279,9 @@ def test_no_log_is_an_error(cell, tmp_path):
         read_cell(cell, TIMING, tmp_path)
 
 
-def measured(*step_s: float, loss_share: float = 0.25) -> Measured:
+def measured(*step_s: float, device: str = "CPU") -> Measured:
     return Measured(
-        list(step_s), [s * loss_share for s in step_s], 1 << 30, "CPU", {}, "2026-01-01T00:00:00Z"
+        list(step_s), [s * 0.25 for s in step_s], 1 << 30, device, {}, "2026-01-01T00:00:00Z"
     )
 
 
@@ -322,6 +320,15 @@ def test_rows_are_what_numpy_says_of_the_steps():
             assert row["ratio"] == pytest.approx(np.median(ratios))
         else:
             assert row["ratio"] is None
+
+
+def test_strong_efficiency_counts_from_the_fewest_gpus():
+    layouts = [{"data_parallel": 2}, {"data_parallel": 8}]
+    spec = study(layouts=layouts, objectives=["mle"], launch={"gpus_per_node": 8})
+    cells, _ = make_cells(spec)
+    times = {2: 1.0, 8: 0.5}
+    rows = make_rows(cells, {c.name: measured(times[c.layout.gpus]) for c in cells}, spec, None)
+    assert [(row["speedup"], row["efficiency"]) for row in rows] == [(1.0, 1.0), (2.0, 0.5)]
 
 
 def test_weak_efficiency_is_against_the_same_layout():
@@ -369,6 +376,35 @@ def test_mfu_is_of_the_devices_peak():
     assert peak_flops("NVIDIA H100 80GB HBM3", "fp8", None) == 1978.9e12
     assert peak_flops("CPU", "fp32", None) is None
     assert peak_flops("CPU", "fp32", 1e11) == 1e11
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        *("NVIDIA H200 NVL", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100 80GB PCIe"),
+        *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA H20"),
+    ],
+)
+def test_other_devices_have_no_peak(device):
+    assert peak_flops(device, "bf16", None) is None
+    assert peak_flops(device, "bf16", 1e15) == 1e15
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "has_mfu"),
+    [
+        *(("NVIDIA H200", "bf16", True), ("NVIDIA H200", "fp32", False)),
+        *(("NVIDIA H200 NVL", "bf16", False), ("NVIDIA A100-SXM4-80GB", "fp8", False)),
+    ],
+)
+def test_a_row_without_a_peak_is_noted(device, precision, has_mfu):
+    spec = study(precision=precision, launch={"gpus_per_node": 2})
+    cells, _ = make_cells(spec)
+    data = {c.name: measured(1.0, device=device) for c in cells}
+    rows = make_rows(cells, data, spec, None)
+    assert {row["mfu"] is not None for row in rows} == {has_mfu}
+    notes = make_result(spec, TIMING, rows, [], [])["notes"]
+    assert (f"no {precision} rate of {device} is known" in " ".join(notes)) != has_mfu
 
 
 @pytest.mark.parametrize("changes", [{"steps": 1}, {"warmup": 1}])

@@ -13,7 +13,7 @@ class Device:
     """One GPU, in FLOP/s, bytes and bytes/s."""
 
     name: str
-    """As torch.cuda.get_device_name() says it, or the part of that which is fixed."""
+    """As torch.cuda.get_device_name() says it."""
     bf16_flops: float
     fp8_flops: float | None
     """None where it has none."""
@@ -30,19 +30,23 @@ class Device:
     gpus_per_node: int = 8
     network_source: str = "assumed: 400 Gbit/s a GPU"
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """FLOP/s by precision, of those that it has among PRECISIONS."""
+        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops}
+        return {name: rate for name, rate in rates.items() if rate}
+
     def peak_flops(self, precision: str) -> float:
         """Return its FLOP/s in a precision.
 
         Raises:
             ValueError: a precision that it does not have.
         """
-        rates = {"bf16": self.bf16_flops, "fp8": self.fp8_flops}
-        if not rates.get(precision):
-            known = [name for name, rate in rates.items() if rate]
+        if precision not in self.rates:
             raise ValueError(
-                f"precision: expected one of {known} of {self.name}, got {precision!r}"
+                f"precision: expected one of {[*self.rates]} of {self.name}, got {precision!r}"
             )
-        return rates[precision]
+        return self.rates[precision]
 
 
 DEVICES = {
@@ -86,3 +90,12 @@ def find_device(name: str) -> Device:
     if name not in DEVICES:
         raise ValueError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
     return DEVICES[name]
+
+
+def device_of_gpu(gpu: str) -> Device | None:
+    """Return the device that torch.cuda.get_device_name() calls so, None for others.
+
+    The whole name counts: H200 NVL and H100 PCIe are slower than those with the shorter names, and
+    a MIG slice adds its size to the name of its GPU.
+    """
+    return next((device for device in DEVICES.values() if device.name == gpu), None)

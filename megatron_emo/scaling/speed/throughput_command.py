@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peak-tflops",
         type=float,
         metavar="X",
-        help="TFLOP/s that MFU is taken of (default: the GPU's datasheet; of a CPU none)",
+        help="TFLOP/s that MFU is taken of (default: the GPU's datasheet, of a CPU or fp32 none)",
     )
     add(
         "--skip-impossible",

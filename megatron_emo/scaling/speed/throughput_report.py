@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_emo.evaluation.records import provenance
-from megatron_emo.scaling.counts.devices import DEVICES, GIB
+from megatron_emo.scaling.counts.devices import GIB, device_of_gpu
 from megatron_emo.scaling.counts.flops import count_flops
 from megatron_emo.scaling.counts.memory import Layout
 from megatron_emo.scaling.plans.plan_report import align
@@ -28,7 +28,7 @@ CALM = 0.2
 
 
 def speedup(t_one: float, t_many: float) -> float:
-    """Return S(n) = t1 / tn of one global batch."""
+    """Return t1 / tn: S(n) of one global batch, efficiency of one that grows with the ranks."""
     return t_one / t_many
 
 
@@ -37,13 +37,8 @@ def strong_efficiency(t_one: float, n_one: int, t_many: float, n_many: int) -> f
     return speedup(t_one, t_many) * n_one / n_many
 
 
-def weak_efficiency(t_one: float, t_many: float) -> float:
-    """Return t1 / tn of a batch that grows with the ranks."""
-    return t_one / t_many
-
-
 def peak_flops(device: str, precision: str, given: float | None) -> float | None:
-    """Return the FLOP/s that MFU is taken of, None where nothing is known.
+    """Return the FLOP/s that MFU is taken of; None: another device, or not in that precision.
 
     Args:
         device: as torch.cuda.get_device_name() says it.
@@ -51,10 +46,8 @@ def peak_flops(device: str, precision: str, given: float | None) -> float | None
     """
     if given is not None:
         return given
-    for entry in DEVICES.values():
-        if device.startswith(entry.name):
-            return entry.peak_flops("bf16" if precision == "fp32" else precision)
-    return None
+    known = device_of_gpu(device)
+    return known and known.rates.get(precision)
 
 
 def make_rows(
@@ -139,10 +132,10 @@ def _add_reference(row: dict, rows: Sequence[dict], spec: StudySpec) -> None:
     row["reference"] = first["layout"]
     if spec.mode == "weak":
         row["speedup"] = None
-        row["efficiency"] = weak_efficiency(first["step_s"], row["step_s"])
+        row["efficiency"] = speedup(first["step_s"], row["step_s"])
         return
     row["speedup"] = speedup(first["step_s"], row["step_s"])
-    row["efficiency"] = strong_efficiency(fewest, 1, 1, row["gpus"]) * row["speedup"]
+    row["efficiency"] = strong_efficiency(first["step_s"], fewest, row["step_s"], row["gpus"])
 
 
 def _add_ratio(row: dict, rows: Sequence[dict], spec: StudySpec) -> None:
@@ -174,7 +167,7 @@ def make_result(
         "steps": timing.steps,
         "warmup": timing.warmup,
         "rounds": spec.rounds,
-        "notes": _notes(spec, is_cpu) + _describe_noise(rows),
+        "notes": [*_notes(spec, is_cpu), *_describe_peaks(spec, rows), *_describe_noise(rows)],
         "failed": failed,
         "skipped": skipped,
         "rows": rows,
@@ -201,6 +194,14 @@ def _notes(spec: StudySpec, is_cpu: bool) -> list[str]:
             "nothing, memory is the whole process's"
         )
     return notes
+
+
+def _describe_peaks(spec: StudySpec, rows: Sequence[Mapping]) -> list[str]:
+    without = {row["device"] for row in rows if row["mfu"] is None} - {"CPU"}
+    return [
+        f"MFU: none, no {spec.precision} rate of {device} is known; --peak-tflops gives one"
+        for device in sorted(without)
+    ]
 
 
 def _describe_noise(rows: Sequence[Mapping]) -> list[str]:
