@@ -162,6 +162,22 @@ def test_a_term_that_is_not_there_is_flagged():
         assert found.at_bound == ("E",)
 
 
+def test_what_a_step_takes_beyond_its_bound_stays_there_and_the_others_go_on():
+    table = isoflop_runs(Surface(0.0, 400, 2000, 0.2, 0.15), SMALL, 5, width=4)
+    points = (table.params, table.tokens, table.loss)
+    found = fit_huber(*points)
+    other = fit_huber(*points, start=fit_projection(*points).surface)
+    assert found.converged and found.at_bound == ("E",)
+    assert found.objective == pytest.approx(other.objective, rel=1e-6) and found.objective < 1e-9
+
+
+def test_coefficients_are_never_below_nothing():
+    truth = Surface(0.0, 400, 2000, 0.2, 0.15)
+    table = isoflop_runs(truth, PUBLISHED[:4], 5, width=4)
+    found = fit_projection(table.params, table.tokens, table.loss)
+    assert found.surface.E >= 0
+
+
 def test_parabolas_have_their_vertices():
     x = np.linspace(-3, 4, 9) + 20
     place, least, fitted = find_vertex(x, 2.5 + 0.3 * (x - 20.7) ** 2, "parabola")

@@ -59,7 +59,8 @@ class JointProblem:
         active = nnls(columns, self.loss)[0] > 0
         basis, triangle = np.linalg.qr(columns[:, active])
         coefficients = np.zeros(len(_COEFFICIENTS))
-        coefficients[active] = solve_triangular(triangle, basis.T @ self.loss)
+        # As in `projection`: rounding may say a little less than 0.
+        coefficients[active] = np.maximum(solve_triangular(triangle, basis.T @ self.loss), 0)
         return coefficients, columns @ coefficients - self.loss, columns, basis
 
     def residuals(self, exponents: np.ndarray) -> np.ndarray:

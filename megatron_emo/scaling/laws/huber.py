@@ -205,7 +205,11 @@ def _descend(problem: HuberProblem, theta: np.ndarray) -> tuple[float, np.ndarra
 
 
 def _refine(problem: HuberProblem, theta: np.ndarray) -> tuple[float, np.ndarray, bool]:
-    """Descend again in round coordinates over what is on no bound, until nothing is gained."""
+    """Descend again in round coordinates over what is on no bound, until nothing is gained.
+
+    What a step takes beyond its bound stays on it from then on, and the others go on: if that ends
+    higher than where the step began, it counts for nothing.
+    """
     value, gradient = problem.value_and_gradient(theta)
     low, high = problem.bounds.T
     # A parameter on a bound moves again where the gradient points inwards.
@@ -213,10 +217,13 @@ def _refine(problem: HuberProblem, theta: np.ndarray) -> tuple[float, np.ndarray
     # A term that has vanished has no curvature to make round.
     felt = np.diag(problem.curvature(theta))
     free &= felt > 1e-14 * felt.max()
+    pinned, kept = np.zeros(len(theta), bool), None
     for _ in range(MAX_ROUNDS):
+        if not free.any():
+            break
         step = _round_coordinates(problem.curvature(theta)[np.ix_(free, free)])
 
-        def objective(u, origin=theta, step=step):
+        def objective(u, origin=theta, step=step, free=free):
             moved = origin.copy()
             moved[free] += step @ u
             value, gradient = problem.value_and_gradient(moved)
@@ -227,12 +234,24 @@ def _refine(problem: HuberProblem, theta: np.ndarray) -> tuple[float, np.ndarray
         )
         moved = theta.copy()
         moved[free] += step @ end.x
-        if not (end.fun < value and (moved >= low).all() and (moved <= high).all()):
+        if not end.fun < value:
             break
+        outside = (moved < low) | (moved > high)
+        if outside.any():
+            kept = kept or (value, theta, free)
+            free, pinned, theta = free & ~outside, pinned | outside, np.clip(moved, low, high)
+            value = problem.value_and_gradient(theta)[0]
+            continue
         gained, value, theta = value - end.fun, float(end.fun), moved
         if gained <= 1e-13 * value:
             break
+    if kept and kept[0] < value:
+        value, theta, free = kept
+        pinned[:] = False
     _, gradient = problem.value_and_gradient(theta)
+    free = free | pinned & np.where(theta <= low, gradient < 0, gradient > 0)
+    if not free.any():
+        return value, theta, True
     step = _round_coordinates(problem.curvature(theta)[np.ix_(free, free)])
     # Half the squared gradient in round coordinates is what a Newton step would still gain.
     left = 0.5 * float(np.square(step.T @ gradient[free]).sum())

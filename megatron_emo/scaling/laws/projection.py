@@ -50,7 +50,8 @@ class ProjectedProblem:
         active = nnls(columns, self.loss)[0] > 0
         basis, triangle = np.linalg.qr(columns[:, active])
         coefficients = np.zeros(3)
-        coefficients[active] = solve_triangular(triangle, basis.T @ self.loss)
+        # Of a column that is all but inactive, rounding may say a little less than 0.
+        coefficients[active] = np.maximum(solve_triangular(triangle, basis.T @ self.loss), 0)
         return coefficients, columns @ coefficients - self.loss, basis
 
     def residuals(self, exponents: np.ndarray) -> np.ndarray:
