@@ -396,6 +396,15 @@ def test_cells_that_are_no_measurement_are_errors(tmp_path, cell):
         read_run_table(path, parse_columns("params=N,tokens=D,loss=L"))
 
 
+def test_white_space_about_a_text_counts_for_nothing(tmp_path):
+    path = write(
+        tmp_path / "runs.csv", ["way,N,D,L,k", " emo,1,2,3, a", "emo ,2,3,4,a", "mle,1,2,3,a"]
+    )
+    columns = {"params": "N", "tokens": "D", "loss": "L", "curve": "k"}
+    table = read_run_table(path, columns, where={"way": "emo "})
+    assert table.lines.tolist() == [2, 3] and table.curves.tolist() == [0, 0]
+
+
 def test_the_highest_losses_are_dropped_by_name():
     table = isoflop_runs(HOFFMANN, PUBLISHED)
     kept = drop_highest(table, 3)

@@ -19,6 +19,7 @@ from megatron_emo.scaling.laws.table import (
     RunTable,
     group_values,
     make_run_table,
+    read_text,
 )
 
 ROLES = {
@@ -165,7 +166,7 @@ def _read_rows(
 
 
 def _read_cell(role: str, cell: str | None, name: str, path: Path, line: int) -> str | float:
-    text = (cell or "").strip()
+    text = read_text(cell)
     if role in _TEXTS:
         if not text:
             raise ValueError(f"--csv {path}: line {line}, {name!r}: expected a text, got none")

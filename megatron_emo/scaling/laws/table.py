@@ -166,7 +166,8 @@ def read_run_table(
 
     Args:
         columns: as `parse_columns`.
-        where: {column: value}, rows of other values are not read.
+        where: {column: value}, rows of other values are not read; white space about a cell or a
+            value counts for nothing.
 
     Raises:
         ValueError: a column that is not there, a cell that is no number or not above 0, no rows.
@@ -203,10 +204,12 @@ def _read_cells(
                 if name not in header:
                     raise ValueError(f"{flag}: {name!r}: expected one of {header} of {path}")
         while (row := _of_csv(path, reader, lambda: next(reader, None))) is not None:
-            if any(row[name] != value for name, value in where.items()):
+            if any(read_text(row[name]) != value.strip() for name, value in where.items()):
                 continue
             cells = {
-                role: row[name] if role == "curve" else _number(row[name], name, path, reader)
+                role: read_text(row[name])
+                if role == "curve"
+                else _number(row[name], name, path, reader)
                 for role, name in columns.items()
             }
             bad = [columns[role] for role, cell in cells.items() if cell is None]
@@ -216,6 +219,11 @@ def _read_cells(
             else:
                 kept.append((reader.line_num, cells))
     return kept, dropped
+
+
+def read_text(cell: str | None) -> str:
+    """Return a cell's text without the white space about it; "" where a short row has no cell."""
+    return (cell or "").strip()
 
 
 def _of_csv[T](path: Path, reader: csv.DictReader, read: Callable[[], T]) -> T:
