@@ -13,11 +13,13 @@ from scipy import stats
 from megatron_emo.evaluation.intervals import wilson
 from megatron_emo.evaluation.records import Record, write_records
 from megatron_emo.scaling.command import build_parser
+from megatron_emo.scaling.comparison import compare, compare_command
 from megatron_emo.scaling.comparison.compare import (
     CompareSettings,
     compare_objectives,
     fit_baseline,
 )
+from megatron_emo.scaling.comparison.compare_report import format_comparison
 from megatron_emo.scaling.comparison.decisions import decide
 from megatron_emo.scaling.comparison.documents import DocumentPairs, read_document_pairs
 from megatron_emo.scaling.comparison.downstream import compare_metric, select_values
@@ -31,6 +33,7 @@ from megatron_emo.scaling.comparison.speedup import (
     pair_differences,
     pair_speedups,
 )
+from megatron_emo.scaling.laws.fit import describe_doubts, fit_runs
 from megatron_emo.scaling.laws.frontier import Optima
 from megatron_emo.scaling.laws.surfaces import Surface
 
@@ -84,7 +87,7 @@ def test_the_speedup_by_hand():
 def test_a_known_speedup_comes_out(equal, law):
     base, other = simulate(equal=equal)
     pairs = pair_runs(base, other, "emo1")
-    surface = TRUTH if law == "known" else fit_baseline(base, law)
+    surface = TRUTH if law == "known" else fit_baseline(base, law).surface
     found = pair_speedups(pairs, surface)
     close = {"rtol": 1e-9 if law == "known" else 1e-3}
     np.testing.assert_allclose(found["tokens"], SPEEDUP, **close)
@@ -141,6 +144,43 @@ def test_intervals_cover_the_truth():
         covered["trend"] += slope.low <= 1 <= slope.high
     # Of 100 intervals at 90%, 82 to 97 hold the truth with a probability of 99%.
     assert all(82 <= count <= 97 for count in covered.values()), covered
+
+
+def test_a_law_that_cannot_be_believed_is_noted():
+    base, other = simulate(seeds=1, budgets=3)
+    flat = Surface(E=1.0, A=400, B=0.3, alpha=0.34, beta=0.001)
+    rng = np.random.default_rng(0)
+    base, other = (
+        Runs(**vars(r) | {"loss": flat.loss(r.params, r.tokens) + rng.normal(0, 1e-3, len(r))})
+        for r in (base, other)
+    )
+    found = compare_objectives(
+        pair_runs(base, other, "emo1"), base, other, CompareSettings(draws=2)
+    )
+    doubts = describe_doubts(True, fit_baseline(base, "vpnls").at_bound)
+    assert doubts and found.doubts == tuple(f"law of the baseline: {doubt}" for doubt in doubts)
+    assert found.notes[0] == found.doubts[0]
+    assert any(found.doubts[0] in line for line in format_comparison(found, "mle", 0.9))
+
+
+@pytest.mark.parametrize("kept", [0, 12, 17])
+def test_draws_without_a_law_are_counted_and_too_few_have_no_interval(monkeypatch, kept):
+    base, other = simulate(seeds=1, noise=0.01, budgets=3)
+    calls = iter(range(100))
+
+    def fit_some(*args, **named):
+        if "start" in named and next(calls) >= kept:
+            raise ValueError("no law here")
+        return fit_runs(*args, **named)
+
+    monkeypatch.setattr(compare, "fit_runs", fit_some)
+    pairs = pair_runs(base, other, "emo1")
+    found = compare_objectives(pairs, base, other, CompareSettings(draws=20))
+    assert (found.lawless, found.refits) == (20 - kept, 20)
+    estimates = [*found.overall.differences.values(), *found.overall.speedups.values()]
+    assert [one.interval is None for one in estimates] == [kept < 16] * len(estimates)
+    end = "" if kept == 17 else ", too many for intervals over all pairs"
+    assert found.describe_lost()[0] == f"{20 - kept} of 20 resamples have no law{end}"
 
 
 def test_a_lone_law_is_part_of_the_interval():
@@ -466,6 +506,17 @@ def test_flags_out_of_range(tmp_path, flags, message):
     table = write_table(tmp_path / "runs.csv", {"mle": base, "emo1": other})
     with pytest.raises(ValueError, match=message):
         run_command("--csv", table, "--columns", COLUMNS, *flags)
+
+
+def test_what_runs_lack_is_refused_before_the_bootstraps(tmp_path, monkeypatch):
+    base, other = (runs.take(range(7)) for runs in simulate(seeds=1))
+    table = write_table(tmp_path / "runs.csv", {"mle": base, "emo1": other})
+    monkeypatch.delattr(compare_command, "compare_objectives")
+    columns = COLUMNS.replace("hours=h,", "")
+    with pytest.raises(ValueError, match="--decide-by hours: expected an hours= column, got none"):
+        run_command("--csv", table, "--columns", columns, "--decide-by", "hours")
+    with pytest.raises(ValueError, match="emo1: expected at least 8 pairs for a joint fit, got 7"):
+        run_command("--csv", table, "--columns", COLUMNS, "--joint", 20)
 
 
 def test_tables_that_cannot_be_compared(tmp_path):

@@ -19,6 +19,7 @@ from megatron_emo.scaling.pictures.frontier import FlopsRule, tails
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture, write_table
 from megatron_emo.scaling.pictures.study import PictureSettings, read_study
 from megatron_emo.scaling.pictures.surface import draw_frontier, draw_overlay
+from megatron_emo.scaling.pictures.tables import make_tables
 from megatron_emo.scaling.pictures.throughput import draw_throughput, read_throughput
 from megatron_emo.scaling.pictures.vertices import find_vertices
 
@@ -361,6 +362,46 @@ def test_a_best_size_at_the_edge_is_refused_in_the_caption(tmp_path):
     study = read_study(path, None, QUICK)
     caption = OF_RUNS["isoflop"](study).caption
     assert "C = 1e+15 (3 points): no best size, fewer than 4 points" in caption
+
+
+def test_a_refused_budget_has_its_flops_with_all_digits(tmp_path):
+    path = write_runs(tmp_path / "runs.csv", ["mle"], seeds=1, noise=0.0005)
+    rows = list(csv.reader(path.read_text().splitlines()))
+    kept = [row for row in rows[1:] if float(row[4]) > 1e15 or float(row[5]) > 2e6]
+    kept = [[*row[:7], str(float(row[7]) * 1.23456), *row[8:]] for row in kept]
+    path.write_text("\n".join(",".join(row) for row in [rows[0], *kept]) + "\n")
+    tables, refused = make_tables(read_study(path, None, QUICK))
+    best = next(table for table in tables if table["name"] == "Best size of each budget")
+    assert best["rows"][-1][1] == pytest.approx(1.23456e15, rel=1e-12)
+    assert refused == [
+        ("table Against mle", "expected two objectives, got one: mle"),
+        ("table One law or two", "expected two objectives, got one: mle"),
+    ]
+
+
+def test_white_space_about_an_objective_counts_for_nothing(tmp_path):
+    path = write_runs(tmp_path / "runs.csv", budgets=3, seeds=1)
+    path.write_text(path.read_text().replace(",emo1,", ", emo1,"))
+    study = read_study(path, None, QUICK)
+    assert list(study.tables) == ["mle", "emo1"] and len(study.pairs("emo1")) == 15
+
+
+@pytest.mark.parametrize("lost", [3, 5])
+def test_resamples_without_a_surface_are_said(study, lost):
+    law = study.surface("mle")
+    draws = {name: values.copy() for name, values in law.bootstrap.draws.items()}
+    draws["E"][:2], draws["B"][2:lost] = np.nan, 0
+    law = replace(law, bootstrap=replace(law.bootstrap, draws=draws))
+    assert (law.num_lost, len(law.draws)) == (lost, 17 if lost == 3 else 0)
+    one = replace(study.comparison("emo1"), failures={"no law": lost}, refits=20)
+    kept = {("surface", "mle"): law, ("comparison", "emo1"): one}
+    changed = replace(study, _kept=study._kept | kept)
+    laws, _, against, *_ = make_tables(changed)[0]
+    end = "" if lost == 3 else ", too many for intervals"
+    assert f"mle: {lost} of 20 resamples have no surface with a best size{end}." in laws["caption"]
+    assert isinstance(laws["rows"][0][1], dict) == (lost == 3)
+    for caption in (against["caption"], OF_RUNS["speedup"](changed).caption):
+        assert f"emo1: {lost} of 20 resamples have no law{end}" in caption
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from megatron_emo.scaling.comparison.resampling import (
     PairSampler,
     count_freedom,
     mean_interval,
-    percentile_interval,
 )
 from megatron_emo.scaling.comparison.speedup import (
     fit_line,
@@ -24,13 +23,22 @@ from megatron_emo.scaling.comparison.speedup import (
     pair_differences,
     pair_speedups,
 )
-from megatron_emo.scaling.laws.fit import FitSettings, check_table, fit_runs
+from megatron_emo.scaling.laws.bootstrap import has_survived, surviving_interval
+from megatron_emo.scaling.laws.fit import (
+    Fit,
+    FitSettings,
+    check_table,
+    describe_doubts,
+    fit_runs,
+)
 from megatron_emo.scaling.laws.isoflop import find_isoflop_optima
 from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.laws.table import RunTable
 
 _Draws = dict[tuple[str, str], np.ndarray]
-"""Means [draws] by ("difference" or "speedup", resource); those of speedups are logs."""
+"""Means [draws] by ("difference" or "speedup", resource), NaN of a draw without a law;
+those of speedups are logs."""
+_BELOW_FLOOR = "a loss that is not above its size's floor"
 
 
 @dataclass(frozen=True)
@@ -125,19 +133,40 @@ class Comparison:
     """Draws of the bootstrap without a law, or in which some pair has no speedup, by reason."""
     resampled: str = "pairs"
     """As PairSampler.unit."""
+    refits: int = 0
+    """Draws of the bootstrap to which a law was fitted; 0 where it is given."""
+    doubts: tuple[str, ...] = ()
+    """What speaks against the law, among the notes too; of one that is given nothing is known."""
+
+    @property
+    def lawless(self) -> int:
+        """Draws without a law."""
+        return sum(n for reason, n in self.failures.items() if reason != _BELOW_FLOOR)
+
+    def describe_lost(self) -> list[str]:
+        """Return clauses on the draws that lack something, [] of none."""
+        words, below = [], self.failures.get(_BELOW_FLOOR, 0)
+        if self.lawless:
+            few = not has_survived(self.refits - self.lawless, self.refits)
+            end = ", too many for intervals over all pairs" if few else ""
+            words.append(f"{self.lawless} of {self.refits} resamples have no law{end}")
+        if below:
+            words.append(f"{below} of {self.refits} resamples have {_BELOW_FLOOR}")
+        return words
 
 
-def fit_baseline(runs: Runs, approach: str) -> Surface:
-    """Return the baseline's surface.
+def fit_baseline(runs: Runs, approach: str) -> Fit:
+    """Return the fit of the baseline's surface.
 
     Raises:
         ValueError: a table that cannot be fitted, or a law that does not fall with tokens.
     """
     settings = FitSettings(approach)
-    law = fit_runs(check_table(runs.to_table(), settings), settings).surface
+    fit = fit_runs(check_table(runs.to_table(), settings), settings)
+    law = fit.surface
     if not min(law.alpha, law.beta, law.B) > 0:
         raise ValueError(f"baseline: expected B, alpha, beta above 0 of its law, got {law}")
-    return law
+    return fit
 
 
 def compare_objectives(
@@ -163,7 +192,11 @@ def compare_objectives(
         ValueError: no law, or documents that do not fit.
     """
     refit = _Refit(law is None and settings.approach, pairs, base)
-    law = law or fit_baseline(base, settings.approach)
+    doubts: list[str] = []
+    if law is None:
+        fit = fit_baseline(base, settings.approach)
+        law, doubts = fit.surface, describe_doubts(fit.converged, fit.at_bound)
+        doubts = [f"law of the baseline: {doubt}" for doubt in doubts]
     make = _Grouping(pairs, law, settings, read_document_pairs(pairs))
     draws = refit.draw_all(law, settings, progress) if len(pairs) > 1 else None
     speedups = pair_speedups(pairs, law)
@@ -180,9 +213,11 @@ def compare_objectives(
         trends=trends,
         frontiers=frontiers,
         undefined=tuple(map(int, undefined)),
-        notes=(*notes, *more),
+        notes=(*doubts, *notes, *more),
         failures=refit.failures,
         resampled=PairSampler(pairs.cells, settings.seed).unit,
+        refits=0 if draws is None else settings.draws,
+        doubts=tuple(doubts),
     )
 
 
@@ -207,17 +242,16 @@ class _Refit:
             return None
         sampler = PairSampler(self._pairs.cells, settings.seed)
         rng = np.random.default_rng([settings.seed, 1])
-        found = []
-        for _ in range(settings.draws):
+        found = {key: np.full(settings.draws, np.nan) for key in _pair_values(self._pairs, law)}
+        for draw in range(settings.draws):
             weights = sampler.draw()
             drawn = self._fit(weights, law, rng)
             if drawn is not None:
-                found.append(self._means(weights, drawn))
+                for key, mean in self._means(weights, drawn).items():
+                    found[key][draw] = mean
             if progress is not None:
                 progress(1)
-        return {
-            key: np.array([means[key] for means in found]) for key in (found[0] if found else ())
-        }
+        return found
 
     def _fit(self, weights: np.ndarray, law: Surface, rng: np.random.Generator) -> Surface | None:
         """Return the law of a draw, and of as many of the baseline's lone runs."""
@@ -240,7 +274,7 @@ class _Refit:
     def _means(self, weights: np.ndarray, law: Surface) -> dict[tuple[str, str], float]:
         values = _pair_values(self._pairs, law)
         if any(np.isnan(v[weights > 0]).any() for v in values.values()):
-            self._count("a loss that is not above its size's floor")
+            self._count(_BELOW_FLOOR)
         return {key: float(_weigh(weights[None], v)[0]) for key, v in values.items()}
 
     def _count(self, reason: str) -> None:
@@ -292,7 +326,7 @@ class _Grouping:
         pairs = self.pairs.take(index)
         found: dict[str, dict[str, Estimate]] = {"difference": {}, "speedup": {}}
         for (what, resource), values in _pair_values(pairs, self.law).items():
-            drawn = draws and draws.get((what, resource))
+            drawn = None if draws is None else draws[what, resource]
             estimate = self._estimate(values, pairs.cells, drawn)
             found[what][resource] = _exp_estimate(estimate) if what == "speedup" else estimate
         return Group(
@@ -309,10 +343,8 @@ class _Grouping:
     ) -> Estimate:
         settings, there = self.settings, np.isfinite(values)
         values, cells = values[there], cells[there]
-        if drawn is not None:
-            drawn = drawn[np.isfinite(drawn)]
-        if drawn is not None and len(drawn) > 1 and count_freedom(cells) >= MIN_FREEDOM:
-            interval = percentile_interval(drawn, settings.level)
+        if drawn is not None and count_freedom(cells) >= MIN_FREEDOM:
+            interval = surviving_interval(drawn, settings.level)
         else:
             chosen = (settings.draws, settings.level, settings.seed)
             interval = mean_interval(values, cells, *chosen)

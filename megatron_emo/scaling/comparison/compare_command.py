@@ -33,6 +33,7 @@ from megatron_emo.scaling.comparison.downstream import (
 )
 from megatron_emo.scaling.comparison.joint_compare import (
     LawTest,
+    check_pairs,
     compare_laws,
     describe_test,
     format_test,
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> dict:
     law = read_law(args.law) if args.law else None
     base = runs[args.baseline]
     paired = {name: pair_runs(base, runs[name], name) for name in others}
+    _check_pairs(args, paired)
     metrics = {name: _compare_metrics(args, pairs) for name, pairs in paired.items()}
     found = []
     for name, pairs in paired.items():
@@ -168,6 +170,16 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"{lacking}: expected with {given}, got none")
 
 
+def _check_pairs(args: argparse.Namespace, paired: dict[str, Pairs]) -> None:
+    """Refuse before the bootstraps what the runs lack for what follows them."""
+    for pairs in paired.values():
+        has_hours = pairs.base.hours is not None and pairs.other.hours is not None
+        if args.decide_by == "hours" and not has_hours:
+            raise ValueError("--decide-by hours: expected an hours= column, got none")
+        if args.joint:
+            check_pairs(pairs)
+
+
 def _choose_others(args: argparse.Namespace, runs: dict[str, Runs]) -> Sequence[str]:
     known = ", ".join(runs)
     if args.baseline not in runs:
@@ -190,8 +202,6 @@ def _decide(
     if "flops" not in columns:
         notes.append("no flops column: C = 6 N D, without what a loss adds")
     compared = [(one.pairs, pair_differences(one.pairs, one.law)) for one in found]
-    if args.decide_by not in compared[0][1]:
-        raise ValueError(f"--decide-by {args.decide_by}: expected an hours= column, got none")
     chosen = [(pairs, by[args.decide_by]) for pairs, by in compared]
     try:
         return decide(chosen, args.level, args.bootstrap, args.seed), notes

@@ -137,6 +137,8 @@ def format_comparison(found: Comparison, baseline: str, level: float) -> list[st
             f"{_shown(found.undefined)}"
         )
     lines += [f"WARNING    {n} draws: {reason}" for reason, n in found.failures.items()]
+    if found.lawless:
+        lines.append(f"WARNING    {found.describe_lost()[0]}")
     return lines
 
 

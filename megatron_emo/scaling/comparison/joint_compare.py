@@ -11,7 +11,8 @@ import numpy as np
 from megatron_emo.evaluation.records import Interval
 from megatron_emo.scaling.comparison.joint import JointFit, exponents_of, fit_joint, points_of
 from megatron_emo.scaling.comparison.pairs import Pairs, Runs
-from megatron_emo.scaling.comparison.resampling import percentile_interval
+from megatron_emo.scaling.laws.bootstrap import percentile_interval
+from megatron_emo.scaling.laws.fit import describe_doubts
 from megatron_emo.scaling.laws.projection import fit_projection
 from megatron_emo.scaling.laws.surfaces import Surface, SurfaceFit
 
@@ -42,6 +43,15 @@ class LawTest:
     """Pairs."""
 
 
+def check_pairs(pairs: Pairs) -> None:
+    """Raise ValueError where pairs are fewer than FEWEST_PAIRS."""
+    if len(pairs) < FEWEST_PAIRS:
+        raise ValueError(
+            f"{pairs.name}: expected at least {FEWEST_PAIRS} pairs for a joint fit, got "
+            f"{len(pairs)}"
+        )
+
+
 def compare_laws(
     pairs: Pairs,
     draws: int,
@@ -61,11 +71,7 @@ def compare_laws(
     Raises:
         ValueError: fewer than FEWEST_PAIRS pairs, or fewer than 2 draws.
     """
-    if len(pairs) < FEWEST_PAIRS:
-        raise ValueError(
-            f"{pairs.name}: expected at least {FEWEST_PAIRS} pairs for a joint fit, got "
-            f"{len(pairs)}"
-        )
+    check_pairs(pairs)
     if draws < 2:
         raise ValueError(f"--joint: expected at least 2 draws, got {draws}")
     one = fit_projection(*points_of(pairs.base, pairs.other))
@@ -151,9 +157,8 @@ def format_test(found: LawTest, baseline: str, name: str) -> list[str]:
             for term in ("alpha", "beta")
         ]
         lines.append(f"two laws   {label}: {', '.join(words)}")
-    if found.two.at_bound:
-        lines.append(f"WARNING    joint fit on a bound: {', '.join(found.two.at_bound)}")
-    return lines + ([] if found.two.converged else ["WARNING    joint fit not converged"])
+    doubts = describe_doubts(found.two.converged, found.two.at_bound)
+    return lines + [f"WARNING    joint fit {doubt}" for doubt in doubts]
 
 
 def _span(interval: Interval) -> str:

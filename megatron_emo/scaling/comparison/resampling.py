@@ -6,6 +6,7 @@ import numpy as np
 from scipy import stats
 
 from megatron_emo.evaluation.records import Interval
+from megatron_emo.scaling.laws.bootstrap import percentile_interval
 
 MIN_FREEDOM = 5
 """Of a bootstrap: one cell of two seeds has but two different draws."""
@@ -45,15 +46,6 @@ class PairSampler:
         picked = self._rng.integers(0, len(rows), (len(weights), size))
         draws = np.arange(len(weights))[:, None]
         np.add.at(weights, (draws, rows[picked]), len(rows) / size)
-
-
-def percentile_interval(values: np.ndarray, level: float) -> Interval:
-    """Return the interval that holds `level` of the values [draws].
-
-    Quantile p is taken at rank p (draws + 1), as `laws.bootstrap` does.
-    """
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="weibull")
-    return Interval(float(low), float(high), level, "bootstrap")
 
 
 def count_freedom(cells: np.ndarray) -> int:

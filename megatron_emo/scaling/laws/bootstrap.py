@@ -17,7 +17,35 @@ from megatron_emo.scaling.laws.table import RunTable
 
 UNITS = ("point", "curve")
 LEVEL = 0.8
+SURVIVING = 0.8
+"""Share of draws that must have a value: an interval of fewer is of those that went well."""
 _CHUNK = 10
+
+
+def percentile_ends(values: np.ndarray, level: float) -> np.ndarray:
+    """Return the ends [2, ...] between which `level` of the values [draws, ...] lie.
+
+    Quantile p is taken at rank p (draws + 1), at which an interval of few draws is as wide, on
+    average, as one of many.
+    """
+    return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
+
+
+def percentile_interval(values: np.ndarray, level: float) -> Interval:
+    """Return the interval that holds `level` of the values [draws], as `percentile_ends`."""
+    low, high = percentile_ends(values, level)
+    return Interval(float(low), float(high), level, "bootstrap")
+
+
+def has_survived(count: int, draws: int) -> bool:
+    """Return whether `count` of `draws` are enough for an interval."""
+    return count > 1 and count >= SURVIVING * draws
+
+
+def surviving_interval(values: np.ndarray, level: float) -> Interval | None:
+    """Return the interval of the draws [draws] that are no NaN; None where they are too few."""
+    there = values[np.isfinite(values)]
+    return percentile_interval(there, level) if has_survived(len(there), len(values)) else None
 
 
 @dataclass(frozen=True)
@@ -32,18 +60,12 @@ class Bootstrap:
     """How many resamples had no fit, by reason."""
 
     def intervals(self, level: float = LEVEL) -> dict[str, Interval]:
-        """Return percentile intervals of the parameters that at least two resamples have.
-
-        Quantile p is taken at rank p (draws + 1), at which an interval of few draws is as wide, on
-        average, as one of many.
-        """
+        """Return percentile intervals of the parameters that at least two resamples have."""
         found = {}
         for name, values in self.draws.items():
             values = values[np.isfinite(values)]
             if len(values) > 1:
-                tails = [(1 - level) / 2, (1 + level) / 2]
-                low, high = np.quantile(values, tails, method="weibull")
-                found[name] = Interval(float(low), float(high), level, "bootstrap")
+                found[name] = percentile_interval(values, level)
         return found
 
 

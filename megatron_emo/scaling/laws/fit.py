@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -68,6 +68,12 @@ class Fit:
     optima: Optima | None = None
     refused: tuple[Refused, ...] = ()
     details: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+def describe_doubts(converged: bool, at_bound: Sequence[str]) -> list[str]:
+    """Return what speaks against a fit, [] of nothing."""
+    doubts = [] if converged else ["not converged"]
+    return doubts + ([f"on a bound: {', '.join(at_bound)}"] if at_bound else [])
 
 
 def check_table(table: RunTable, settings: FitSettings) -> RunTable:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_emo.evaluation.records import hash_file, provenance
 from megatron_emo.scaling.laws.bootstrap import Bootstrap
-from megatron_emo.scaling.laws.fit import PARAMETERS, Fit
+from megatron_emo.scaling.laws.fit import PARAMETERS, Fit, describe_doubts
 from megatron_emo.scaling.laws.table import RunTable
 
 SCHEMA = "megatron_emo.scaling_fit/1"
@@ -143,10 +143,8 @@ def format_result(result: dict) -> list[str]:
     )
     lines.append(f"held out   {shown}")
     lines += [f"note       {note}" for note in result["notes"]]
-    if not result["converged"]:
-        lines.append("WARNING    not converged")
-    if result["at_bound"]:
-        lines.append(f"WARNING    on a bound: {', '.join(result['at_bound'])}")
+    doubts = describe_doubts(result["converged"], result["at_bound"])
+    lines += [f"WARNING    {doubt}" for doubt in doubts]
     if result["bootstrap"] and result["bootstrap"]["failures"]:
         lines.append(f"WARNING    resamples without a fit: {result['bootstrap']['failures']}")
     return lines

@@ -20,6 +20,8 @@ class Refused:
     name: str
     num_points: int
     reason: str
+    flops: float | None = None
+    """Of a budget: the geometric mean of its points'."""
 
 
 def find_isoflop_optima(
@@ -40,7 +42,7 @@ def find_isoflop_optima(
             params, loss, fitted = find_vertex(np.log(curve.params), curve.loss, vertex)
             tokens, _, _ = find_vertex(np.log(curve.tokens), curve.loss, vertex)
         except ValueError as error:
-            refused.append(Refused(f"budget {flops:.3g}", len(curve), str(error)))
+            refused.append(Refused(f"budget {flops:.3g}", len(curve), str(error), flops))
             continue
         residuals[mask] = fitted - curve.loss
         optima.append((flops, np.exp(params), np.exp(tokens), loss))

@@ -69,8 +69,8 @@ def make_album(
             pictures.append(make())
         except ValueError as error:
             refused.append((name, str(error)))
-    tables = make_tables(study) if study is not None else []
-    return Album(tuple(pictures), tuple(refused), tuple(tables))
+    tables, without = make_tables(study) if study is not None else ([], [])
+    return Album(tuple(pictures), (*refused, *without), tuple(tables))
 
 
 def _with_colours(picture: Picture, study: Study) -> Picture:

@@ -8,7 +8,7 @@ from megatron_emo.scaling.comparison.compare import Comparison, Estimate
 from megatron_emo.scaling.comparison.speedup import pair_differences, pair_speedups
 from megatron_emo.scaling.pictures.isoflop import FLOPS
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture
-from megatron_emo.scaling.pictures.study import Study, describe_dropped
+from megatron_emo.scaling.pictures.study import Study, describe_draws, describe_dropped
 
 _NAMES = {"tokens": "tokens", "flops": "FLOPs", "hours": "GPU-hours"}
 
@@ -132,7 +132,9 @@ def _say(found: Estimate, form: str) -> str:
 
 
 def _common_words(study: Study, found: dict[str, Comparison], without: list[str]) -> list[str]:
-    words = [f"{study.settings.level:.0%} intervals."]
+    words = [f"{study.settings.level:.0%} intervals.", *describe_draws(found)]
+    # All are compared on the law of one baseline.
+    words += dict.fromkeys(f"{doubt}." for one in found.values() for doubt in one.doubts)
     for name, one in found.items():
         if one.pairs.unpaired:
             words.append(f"{name}: {len(one.pairs.unpaired)} runs without a partner are left out.")

@@ -7,28 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from megatron_emo.scaling.comparison.resampling import percentile_interval
+from megatron_emo.scaling.laws.bootstrap import surviving_interval
 from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.laws.table import SIZE_TOLERANCE, RunTable, group_values
 
 BEYOND = 30.0
 """How far beyond a table's sizes an optimum is looked for, as a factor."""
 PLACES = 500
-SURVIVORS = 0.8
-"""Of draws that have to have a value for their tails to be an interval's."""
 
 
 def tails(draws: np.ndarray, level: float) -> np.ndarray:
     """Return low and high ends [2, n] that hold `level` of draws [m, n] at each place.
 
-    Draws without a value there are left out; NaN where fewer than `SURVIVORS` of them have one.
+    Draws without a value there are left out; NaN where too few have one (`surviving_interval`).
     """
     draws = np.asarray(draws, float)
     ends = np.full((2, draws.shape[1]), np.nan)
     for at, values in enumerate(draws.T):
-        there = values[np.isfinite(values)]
-        if len(there) > 1 and len(there) >= SURVIVORS * len(values):
-            found = percentile_interval(there, level)
+        if (found := surviving_interval(values, level)) is not None:
             ends[:, at] = found.low, found.high
     return ends
 

@@ -15,10 +15,16 @@ import numpy as np
 from megatron_emo.scaling.comparison.compare import CompareSettings, Comparison, compare_objectives
 from megatron_emo.scaling.comparison.joint_compare import LawTest, compare_laws
 from megatron_emo.scaling.comparison.pairs import Pairs, Runs, pair_runs, parse_roles, read_runs
-from megatron_emo.scaling.laws.bootstrap import Bootstrap, bootstrap_fit
+from megatron_emo.scaling.laws.bootstrap import Bootstrap, bootstrap_fit, has_survived
 from megatron_emo.scaling.laws.fit import Fit, FitSettings, check_table, fit_runs, leave_out_largest
 from megatron_emo.scaling.laws.surfaces import Surface
-from megatron_emo.scaling.laws.table import ROLES, RunTable, parse_columns, read_run_table
+from megatron_emo.scaling.laws.table import (
+    ROLES,
+    RunTable,
+    parse_columns,
+    read_run_table,
+    read_text,
+)
 from megatron_emo.scaling.pictures.picture import join
 from megatron_emo.scaling.pictures.vertices import Vertices, find_vertices
 
@@ -77,7 +83,17 @@ class SurfaceLaw:
 
     @property
     def draws(self) -> list[Surface]:
-        """Surfaces of resamples that have an optimum at each C."""
+        """Surfaces of resamples that have an optimum at each C; [] where they are too few."""
+        count = len(self._surfaces)
+        return self._surfaces if has_survived(count, count + self.num_lost) else []
+
+    @property
+    def num_lost(self) -> int:
+        """Resamples without a surface that has an optimum at each C."""
+        return len(self.bootstrap.draws["E"]) - len(self._surfaces)
+
+    @cached_property
+    def _surfaces(self) -> list[Surface]:
         names = ("E", "A", "B", "alpha", "beta")
         rows = np.array([self.bootstrap.draws[name] for name in names]).T
         return [
@@ -233,6 +249,25 @@ def describe_dropped(tables: Mapping[str, RunTable]) -> str:
     return f"Left out: {join(words)}."
 
 
+def describe_lost(laws: Mapping[str, SurfaceLaw]) -> list[str]:
+    """Return sentences on resamples without a surface, by objective; [] of none."""
+    words = []
+    for name, law in laws.items():
+        if law.num_lost:
+            end = "" if law.draws else ", too many for intervals"
+            count = len(law.bootstrap.draws["E"])
+            words.append(
+                f"{name}: {law.num_lost} of {count} resamples have no surface with a best size"
+                f"{end}."
+            )
+    return words
+
+
+def describe_draws(found: Mapping[str, Comparison]) -> list[str]:
+    """Return sentences on resamples that comparisons lack, by objective; [] of none."""
+    return [f"{name}: {words}." for name, one in found.items() for words in one.describe_lost()]
+
+
 def read_study(
     path: str | os.PathLike,
     columns: str | None,
@@ -263,7 +298,7 @@ def read_study(
     objective = roles["objective"]
     if objective not in header:
         raise ValueError(f"--columns: {objective!r}: expected one of {header} of {path}")
-    names = dict.fromkeys(row[objective] for row in rows)
+    names = dict.fromkeys(read_text(row[objective]) for row in rows)
     tables = {name: read_run_table(path, own, where={objective: name}) for name in names}
     if not tables:
         raise ValueError(f"--csv {path}: expected rows, got none")
@@ -300,7 +335,7 @@ def _choose_columns(path: Path, rows: list[dict], header: list[str]) -> tuple[st
                 f"--columns: {path} has no column {' or '.join(candidates)}: expected "
                 f"{role}=NAME with one of {', '.join(header)}"
             )
-        empty = [line for line, row in enumerate(rows, 2) if name and not (row[name] or "").strip()]
+        empty = [line for line, row in enumerate(rows, 2) if name and not read_text(row[name])]
         if role in OPTIONAL and (name is None or empty):
             where = f"{name} is empty in line {empty[0]}" if empty else f"no column {candidates[0]}"
             notes.append(f"without {role}: {where}")

@@ -13,7 +13,13 @@ import numpy as np
 
 from megatron_emo.evaluation.records import Interval
 from megatron_emo.scaling.comparison.compare import Estimate, Group
-from megatron_emo.scaling.pictures.study import Study, describe_dropped
+from megatron_emo.scaling.laws.fit import describe_doubts
+from megatron_emo.scaling.pictures.study import (
+    Study,
+    describe_draws,
+    describe_dropped,
+    describe_lost,
+)
 
 MOST_SIZES = 8
 """Of the comparison's table: where each budget has sizes of its own they are too many to read."""
@@ -21,16 +27,21 @@ _SURFACE = ("E", "alpha", "beta", "a", "A", "B")
 _RESOURCES = {"tokens": "tokens", "flops": "FLOPs", "hours": "GPU-hours"}
 
 
-def make_tables(study: Study) -> list[dict]:
-    """Return the tables that the runs suffice for; what they do not is said by pictures."""
-    makers: list[Callable[[Study], dict]] = [_surfaces, _vertices, _comparisons, _joint]
-    tables = []
-    for make in makers:
+def make_tables(study: Study) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Return the tables that the runs suffice for, and (name, why) of those they do not."""
+    makers: dict[str, Callable[[Study], tuple[list[str], list[str], list[list]]]] = {
+        "Law of each objective": _surfaces,
+        "Best size of each budget": _vertices,
+        f"Against {study.settings.baseline}": _comparisons,
+        "One law or two": _joint,
+    }
+    tables, refused = [], []
+    for name, make in makers.items():
         try:
-            tables.append(make(study))
-        except ValueError:
-            continue
-    return tables
+            tables.append(_table(name, *make(study)))
+        except ValueError as error:
+            refused.append((f"table {name}", str(error)))
+    return tables, refused
 
 
 def _cell(value: float | None, interval: Interval | None = None) -> dict | float | None:
@@ -41,17 +52,17 @@ def _cell(value: float | None, interval: Interval | None = None) -> dict | float
     return {"value": float(value), "low": float(interval.low), "high": float(interval.high)}
 
 
-def _surfaces(study: Study) -> dict:
+def _surfaces(study: Study) -> tuple[list[str], list[str], list[list]]:
+    """Return the caption's sentences, heads and rows, as the other tables do."""
     found, without = study.gather(study.surface)
     rows = []
     for name, law in found.items():
-        intervals = law.bootstrap.intervals(study.settings.level)
+        intervals = law.bootstrap.intervals(study.settings.level) if law.draws else {}
         cells = [_cell(law.fit.parameters[key], intervals.get(key)) for key in _SURFACE]
-        doubts = [] if law.fit.converged else ["not converged"]
-        doubts += [f"{key} on a bound" for key in law.fit.at_bound]
+        doubts = describe_doubts(law.fit.converged, law.fit.at_bound)
         held = law.held_out.get("rms_error")
         rows.append(
-            [name, *cells, law.fit.objective, _cell(held), len(law.table), ", ".join(doubts)]
+            [name, *cells, law.fit.objective, _cell(held), len(law.table), "; ".join(doubts)]
         )
     words = [
         f"L = E + A/N^alpha + B/D^beta by {study.settings.approach}; a is the exponent of N*(C). A "
@@ -59,14 +70,15 @@ def _surfaces(study: Study) -> dict:
         f"{study.settings.level:.0%} of {study.settings.draws} resamples of runs. Misfit: "
         f"{next(iter(found.values())).fit.loss_name}. Held out: root mean square error at the "
         "largest budget of the surface of the others.",
+        *describe_lost(found),
         *without,
         describe_dropped(study.tables),
     ]
     heads = ["objective", *_SURFACE, "misfit", "held out, nats/token", "runs", "doubts"]
-    return _table("Law of each objective", words, heads, rows)
+    return words, heads, rows
 
 
-def _vertices(study: Study) -> dict:
+def _vertices(study: Study) -> tuple[list[str], list[str], list[list]]:
     found, without = study.gather(study.vertices)
     rows = []
     for name, own in found.items():
@@ -78,20 +90,17 @@ def _vertices(study: Study) -> dict:
                 for column, value in enumerate(values)
             ]
             rows.append([name, curve.flops, *cells, values[1] / values[0], len(curve.table)])
-        rows += [
-            [name, float(r.name.removeprefix("C = ")), *[None] * 4, r.num_points]
-            for r in own.refused
-        ]
+        rows += [[name, r.flops, *[None] * 4, r.num_points] for r in own.refused]
     words = [
         "Vertices of parabolas over log N and log D. A budget without a best size has a dash.",
         f"Intervals: {study.settings.level:.0%} of {study.settings.draws} draws of residuals.",
         *without,
     ]
     heads = ["objective", "C, FLOPs", "N*", "D*", "loss, nats/token", "D*/N*", "runs"]
-    return _table("Best size of each budget", words, heads, rows)
+    return words, heads, rows
 
 
-def _comparisons(study: Study) -> dict:
+def _comparisons(study: Study) -> tuple[list[str], list[str], list[list]]:
     if study.runs is None:
         raise ValueError(study.no_pairs)
     found, without = study.gather(study.comparison, study.others)
@@ -107,13 +116,16 @@ def _comparisons(study: Study) -> dict:
     words = [
         f"Loss minus that of {baseline} at equal resource, nats/token, and how many times the "
         f"resource {baseline} would need. {study.settings.level:.0%} intervals.",
-        *(note for one in found.values() for note in one.notes if "trend" not in note),
+        *describe_draws(found),
+        *dict.fromkeys(
+            f"{note}." for one in found.values() for note in one.notes if "trend" not in note
+        ),
         *without,
     ]
     heads = ["objective", "pairs of", "pairs"]
     heads += [f"loss at equal {_RESOURCES[r]}" for r in resources]
     heads += [f"speedup in {_RESOURCES[r]}" for r in resources]
-    return _table(f"Against {baseline}", words, heads, rows)
+    return words, heads, rows
 
 
 def _cells(group: Group, resources: list[str]) -> list:
@@ -122,7 +134,7 @@ def _cells(group: Group, resources: list[str]) -> list:
     return [_cell(found.value, found.interval) for found in estimates]
 
 
-def _joint(study: Study) -> dict:
+def _joint(study: Study) -> tuple[list[str], list[str], list[list]]:
     if study.runs is None:
         raise ValueError(study.no_pairs)
     found, without = study.gather(study.law_test, study.others)
@@ -143,7 +155,7 @@ def _joint(study: Study) -> dict:
         *without,
     ]
     heads = ["objective", "E", "alpha", "beta", "A", "B", "statistic", "p", "pairs"]
-    return _table("One law or two", words, heads, rows)
+    return words, heads, rows
 
 
 def _table(name: str, words: list[str], heads: list[str], rows: list[list]) -> dict:

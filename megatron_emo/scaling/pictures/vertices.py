@@ -77,7 +77,7 @@ def find_vertices(table: RunTable, draws: int, seed: int) -> Vertices:
         try:
             found = _find(rows)
         except ValueError as error:
-            refused.append(Refused(f"C = {flops:.3g}", len(rows), str(error)))
+            refused.append(Refused(f"C = {flops:.3g}", len(rows), str(error), flops))
             continue
         (params, loss, fitted), (tokens, _, by_tokens) = found
         curves.append(Curve(flops, rows, *_trace(np.log(rows.params), fitted)))
