@@ -220,7 +220,7 @@ def test_best_sizes_out_of_reach_are_said_and_the_other_pictures_drawn(tmp_path)
     study = read_study(runs_of(law, tmp_path / "runs.csv"), None, QUICK)
     album = make_album(study)
     drawn = {picture.name for picture in album.pictures}
-    assert drawn | set(dict(album.refused)) == NAMES
+    assert drawn | {name for name, _ in album.refused if not name.startswith("table")} == NAMES
     assert "emo1: the surface has its best sizes more than 30" in pick(album, "frontier").caption
     for picture in album.pictures:
         make_figure(picture).draw_without_rendering()

@@ -10,7 +10,8 @@ import numpy as np
 from megatron_emo.evaluation.records import Interval
 from megatron_emo.evaluation.rows import read_rows
 from megatron_emo.scaling.comparison.pairs import Pairs, Runs
-from megatron_emo.scaling.comparison.resampling import PairSampler, percentile_interval
+from megatron_emo.scaling.comparison.resampling import PairSampler
+from megatron_emo.scaling.laws.bootstrap import percentile_interval
 
 TOLERANCE = 1e-3
 """Of a run's loss from that of its documents, relative: tables are rounded."""

@@ -10,7 +10,13 @@ from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.pictures.frontier import BEYOND, FlopsRule, tails
 from megatron_emo.scaling.pictures.isoflop import FLOPS, LOSS, SIZE
 from megatron_emo.scaling.pictures.picture import Axis, Mark, Panel, Picture
-from megatron_emo.scaling.pictures.study import Study, SurfaceLaw, describe_dropped, spread
+from megatron_emo.scaling.pictures.study import (
+    Study,
+    SurfaceLaw,
+    describe_dropped,
+    describe_lost,
+    spread,
+)
 
 
 def draw_frontier(study: Study) -> Picture:
@@ -22,7 +28,8 @@ def draw_frontier(study: Study) -> Picture:
         marks += _mark_frontier(study, panel, name, law, with_forecast=True)
         words.append(f"{name}: {len(law.table)} runs. {_say_held_out(law)}")
     words += _find_out_of_reach(found, marks)
-    words += [*without, _describe_band(study), describe_dropped(study.tables)]
+    words += [*without, _describe_band(study), *describe_lost(found)]
+    words.append(describe_dropped(study.tables))
     return Picture(
         name="frontier",
         title="Least loss at each budget",
@@ -143,7 +150,8 @@ def draw_overlay(study: Study) -> Picture:
     words = [f"{name}: {len(law.table)} runs." for name, law in found.items()]
     words += _find_out_of_reach(found, marks)
     words += [] if is_apart else [f"No differences: no surface of {baseline} and another."]
-    words += [*without, _describe_band(study), describe_dropped(study.tables)]
+    words += [*without, _describe_band(study), *describe_lost(found)]
+    words.append(describe_dropped(study.tables))
     if is_apart:
         words.append("Those of differences take each objective's runs apart; pairs say more.")
     return Picture(
