@@ -145,7 +145,8 @@ def _check_answers(task: Task) -> None:
 def _check_files(task: Task) -> None:
     keys = set(task.files)
     if keys not in ({"train", "test"}, {"test"}, {"all"}):
-        raise TaskError(f"files: expected train and test, test, or all, got {sorted(keys)}")
+        found = sorted(map(str, keys))
+        raise TaskError(f"files: expected train and test, test, or all, got {found}")
     if ("all" in keys) != (0 < task.train_share < 1):
         raise TaskError(
             "train_share: expected between 0 and 1 where files has `all`, and none elsewhere, "
