@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_emo.benchmark import roofline
 from megatron_emo.scaling.counts.devices import DEVICES
@@ -21,7 +24,7 @@ from megatron_emo.scaling.plans.plan_file import LossSettings, PlanError
 from megatron_emo.scaling.speed import estimate_command
 from megatron_emo.scaling.speed.cluster import Cluster, Efficiency, Link, cluster_of
 from megatron_emo.scaling.speed.cluster_layouts import LayoutRules, find_obstacle, name_layout
-from megatron_emo.scaling.speed.cluster_measure import SCHEMA, cluster_from_entry, fit_line
+from megatron_emo.scaling.speed.cluster_measure import SCHEMA, _Rank, cluster_from_entry, fit_line
 from megatron_emo.scaling.speed.cost_model import estimate_step, run_pipeline
 from megatron_emo.scaling.speed.cost_model_loss import LossTerms, cost_of_loss, make_loss_terms
 from megatron_emo.scaling.speed.estimate import find_layouts, rank_layouts
@@ -379,6 +382,35 @@ def test_a_line_is_recovered():
     assert (start, rate) == (pytest.approx(2), pytest.approx(50))
     start, rate = fit_line([10, 100], [0.1, 2.0])  # would start below 0
     assert start == 0 and 50 <= rate <= 100
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators take and give, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            tensors = [one for one in tree_leaves((args, kwargs, out)) if torch.is_tensor(one)]
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return out
+
+
+def test_a_pass_of_a_core_is_counted_as_its_operators_move():
+    rank = object.__new__(_Rank)
+    rank.torch, rank.kind, rank.device, rank.dtype = (
+        torch,
+        "cpu",
+        torch.device("cpu"),
+        torch.float32,
+    )
+    act, accesses = rank._pass(1 << 16)
+    with Traffic() as traffic:
+        act()
+    assert traffic.bytes == accesses << 16
 
 
 def make_entry(**changes):

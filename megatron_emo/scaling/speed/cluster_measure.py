@@ -30,9 +30,13 @@ from megatron_emo.scaling.speed.cluster import Cluster, Link
 SCHEMA = "megatron_emo.scaling_device/1"
 _PRODUCTS = {"cpu": (96, 192, 320, 512), "cuda": (512, 2048, 4096, 8192)}
 """Sizes of square products."""
-_PASS_BYTES = {"cpu": (1 << 12, 1 << 20, 1 << 22), "cuda": (1 << 20, 1 << 26, 1 << 28)}
+_PASS_BYTES = {"cpu": (1 << 16, 1 << 20, 1 << 22), "cuda": (1 << 20, 1 << 26, 1 << 28)}
 _SENT_BYTES = {"cpu": (1 << 10, 1 << 17, 1 << 20), "cuda": (1 << 12, 1 << 22, 1 << 26)}
 _OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send")
+_SUM_ACCESSES = 3
+_GATE_ACCESSES = 9
+"""Of each element of its input by a gated activation, one operator at a time: a sigmoid's product
+and the gate's forward, 2.5; their gradients, and the two halves' put together, 6.5."""
 _CHAIN = 50
 """Operators in a row that a start is taken from."""
 _BUDGET_S = 0.25
@@ -195,14 +199,35 @@ class _Rank:
             products.append(self.seconds(lambda a=a, b=b: a @ b))
         moved, passes = [], []
         for num_bytes in _PASS_BYTES[self.kind]:
-            x = torch.randn(num_bytes // self.dtype.itemsize, device=self.device).to(self.dtype)
-            moved.append(3.0 * num_bytes)
-            passes.append(self.seconds(lambda x=x: torch.add(x, x)))
+            act, accesses = self._pass(num_bytes)
+            moved.append(float(accesses * num_bytes))
+            passes.append(self.seconds(act))
         return {
             "flops": fit_line(flops, products)[1],
             "bandwidth": fit_line(moved, passes)[1],
             "start_s": self._start(),
         }
+
+    def _pass(self, num_bytes: int) -> tuple[Callable[[], Any], int]:
+        """The call, and how often it reads or writes each element.
+
+        A GPU computes under its reads. A core does not: between products most of its time goes
+        into exponentials and into results in new memory, and a sum within its cache would promise
+        five times what layers see.
+        """
+        torch = self.torch
+        x = torch.randn(num_bytes // self.dtype.itemsize, device=self.device).to(self.dtype)
+        if self.kind == "cuda":
+            return lambda: torch.add(x, x), _SUM_ACCESSES
+        x = x.view(-1, 256).requires_grad_()
+        gradient = torch.randn_like(x[:, :128])
+
+        def gate() -> None:
+            a, b = x.chunk(2, dim=-1)
+            x.grad = None
+            (torch.nn.functional.silu(a) * b).backward(gradient)
+
+        return gate, _GATE_ACCESSES
 
     def _start(self) -> float:
         """Return seconds of an operator on next to nothing, autograd's part included."""
