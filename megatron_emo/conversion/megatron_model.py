@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +215,10 @@ def save_checkpoint(
         raise FileExistsError(f"checkpoint {folder}: expected an empty or no folder")
     folder.mkdir(parents=True, exist_ok=True)
     number = 0 if isinstance(iteration, str) else iteration
+    # Of a run that writes digests with each save a checkpoint without them would be a cut one.
+    args = copy.copy(args)
+    if hasattr(args, "verify_integrity"):
+        del args.verify_integrity
     common = {"args": args, "checkpoint_version": 3.0, "iteration": number}
     # With the empty `_extra_state` of each layer, which a run asks for.
     dist_checkpointing.save({"model": model.sharded_state_dict(), **common}, str(folder))
