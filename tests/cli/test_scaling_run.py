@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SEED = 20
 PLAN = """
 name: toy
-tokens_per_param: [0.2]
+tokens_per_param: [0.6]
 tolerance: 0.2
 sizes: [a, b]
 objectives: [mle, emo1]
