@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from megatron_emo.whole_files import write_json_lines
 
 # domain: (words of a prompt, words of its continuation)
 DOMAINS = {
@@ -94,8 +94,4 @@ def make_prompts(
 
 def write_prompts(path: str | os.PathLike, rows: Sequence[dict[str, str | int]]) -> None:
     """Write JSON lines, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(part, path)
+    write_json_lines(path, rows)

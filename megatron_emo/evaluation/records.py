@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
+from megatron_emo.whole_files import write_json
+
 SCHEMA = "megatron_emo.records/1"
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
@@ -143,12 +145,7 @@ def _find_commit() -> str:
 
 def write_records(path: str | os.PathLike, records: Sequence[Record]) -> None:
     """Write records as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    content = {"schema": SCHEMA, "records": [record.to_json() for record in records]}
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(part, path)
+    write_json(path, {"schema": SCHEMA, "records": [record.to_json() for record in records]})
 
 
 def read_records(paths: Iterable[str | os.PathLike]) -> list[Record]:

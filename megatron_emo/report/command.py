@@ -16,6 +16,7 @@ from megatron_emo.report.plots import make_plots, write_plots
 from megatron_emo.report.study import Study, read_study
 from megatron_emo.report.tables import Table, make_tables
 from megatron_emo.report.trace import check_document, update_document
+from megatron_emo.whole_files import write_whole
 
 TITLE = "Measurements"
 
@@ -130,7 +131,7 @@ def run_command(args: argparse.Namespace) -> list[str]:
     lines = []
     for path, content in ((args.markdown, markdown), (args.html, page)):
         if path:
-            _write(path, content)
+            write_whole(path, content)
             lines.append(f"{path}: {len(records)} records, {len(tables)} tables")
     if args.png:
         lines += [str(path) for path in write_plots(plots, args.png)] or [
@@ -144,15 +145,8 @@ def _write_studies(args: argparse.Namespace, studies: Sequence[Study], notes: st
     for flag in ("markdown", "png", "metric", "where"):
         if getattr(args, flag):
             raise ValueError(f"--{flag}: expected --records with it, got none")
-    _write(args.html, format_page([], [], [], {}, args.title, notes, studies))
+    write_whole(args.html, format_page([], [], [], {}, args.title, notes, studies))
     return [f"{args.html}: {len(study.pictures)} pictures of {study.folder}" for study in studies]
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
 
 
 def render_block(flags: str, folder: Path) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_emo.evaluation.records import Record, write_records
+from megatron_emo.whole_files import write_whole
 
 
 def write_results(
@@ -16,9 +16,7 @@ def write_results(
     """Write records.json, summary.json and table.md to `output`, each whole or not at all."""
     write_records(output / "records.json", records)
     write_records(output / "summary.json", summary)
-    part = output / ".table.md.part"
-    part.write_text(table, encoding="utf-8")
-    os.replace(part, output / "table.md")
+    write_whole(output / "table.md", table)
 
 
 def run_summary(

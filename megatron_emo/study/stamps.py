@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_emo.whole_files import write_json
+
 HASHED_BYTES = 64 << 20
 """Files up to this size are told apart by what they hold, larger ones by size and time."""
 
@@ -94,10 +96,7 @@ def read_stamp(log_dir: Path, name: str) -> Stamp | None:
 
 def write_stamp(log_dir: Path, name: str, stamp: Stamp) -> None:
     """Write a task's stamp, whole or not at all."""
-    path = stamp_path(log_dir, name)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(asdict(stamp), indent=1) + "\n")
-    os.replace(part, path)
+    write_json(stamp_path(log_dir, name), asdict(stamp))
 
 
 def clear_stamp(log_dir: Path, name: str) -> None:

@@ -47,8 +47,8 @@ from megatron_emo.scaling.comparison.pairs import (
     read_runs,
 )
 from megatron_emo.scaling.comparison.speedup import RESOURCES, pair_differences
-from megatron_emo.scaling.laws.fit_report import write_json
 from megatron_emo.scaling.plans.plan_command import read_law
+from megatron_emo.whole_files import write_json
 
 if TYPE_CHECKING:
     from megatron_emo.evaluation.models import Progress

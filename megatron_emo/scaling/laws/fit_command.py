@@ -25,7 +25,7 @@ from megatron_emo.scaling.laws.fit import (
     fit_runs,
     leave_out_largest,
 )
-from megatron_emo.scaling.laws.fit_report import format_result, make_result, write_json
+from megatron_emo.scaling.laws.fit_report import format_result, make_result
 from megatron_emo.scaling.laws.huber import DELTA
 from megatron_emo.scaling.laws.isoflop import VERTICES
 from megatron_emo.scaling.laws.table import (
@@ -35,6 +35,7 @@ from megatron_emo.scaling.laws.table import (
     parse_columns,
     read_run_table,
 )
+from megatron_emo.whole_files import write_json
 
 if TYPE_CHECKING:
     from megatron_emo.evaluation.models import Progress

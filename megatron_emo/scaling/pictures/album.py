@@ -12,11 +12,12 @@ from megatron_emo.report.study import SCHEMA
 from megatron_emo.scaling.pictures.compare import draw_differences, draw_speedups
 from megatron_emo.scaling.pictures.drawing import draw
 from megatron_emo.scaling.pictures.isoflop import draw_isoflop, draw_optima
-from megatron_emo.scaling.pictures.picture import Picture, write_bytes, write_table
+from megatron_emo.scaling.pictures.picture import Picture, write_table
 from megatron_emo.scaling.pictures.study import Study
 from megatron_emo.scaling.pictures.surface import draw_frontier, draw_overlay, draw_residuals
 from megatron_emo.scaling.pictures.tables import make_tables
 from megatron_emo.scaling.pictures.throughput import draw_throughput, read_throughput
+from megatron_emo.whole_files import write_json, write_whole
 
 INDEX = "pictures.json"
 OF_RUNS: dict[str, Callable[[Study], Picture]] = {
@@ -88,12 +89,12 @@ def write_album(
     paths = []
     for picture, content in drawn:
         image, table = (folder / f"{picture.name}.{suffix}" for suffix in (form, "csv"))
-        write_bytes(image, content)
+        write_whole(image, content)
         write_table(table, picture.marks)
         paths += [image, table]
     index = _describe(album, study, form, throughput)
     stale = _find_stale(folder, {path.name for path in paths})
-    write_bytes(folder / INDEX, (json.dumps(index, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / INDEX, index)
     for path in stale:
         path.unlink(missing_ok=True)
     return [*paths, folder / INDEX]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from megatron_emo.whole_files import write_csv
 
 KINDS = ("run", "found", "law", "band", "forecast", "forecast band", "foretold", "reference")
 """run: a measurement; found: an estimate with intervals; law, band: a line and its interval;
@@ -101,22 +100,7 @@ class Picture:
 
 def write_table(path: Path, marks: Iterable[Mark]) -> None:
     """Write the CSV of a picture, whole or not at all; numbers with all their digits."""
-    buffer = io.StringIO(newline="")
-    names = [field.name for field in fields(Mark)]
-    writer = csv.writer(buffer)
-    writer.writerow(names)
-    for mark in marks:
-        values = (getattr(mark, name) for name in names)
-        writer.writerow(["" if value is None else value for value in values])
-    write_bytes(path, buffer.getvalue().encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    write_csv(path, [field.name for field in fields(Mark)], map(vars, marks))
 
 
 def join(words: Sequence[str]) -> str:

@@ -15,7 +15,6 @@ import json
 from dataclasses import fields, replace
 
 from megatron_emo.scaling.counts.devices import DEVICES, Device, find_device
-from megatron_emo.scaling.laws.fit_report import write_json
 from megatron_emo.scaling.laws.surfaces import Surface
 from megatron_emo.scaling.plans.plan import Plan, make_plan
 from megatron_emo.scaling.plans.plan_checks import JUDGEMENTS, check_plan
@@ -26,7 +25,8 @@ from megatron_emo.scaling.plans.plan_file import (
     Rates,
     read_plan_file,
 )
-from megatron_emo.scaling.plans.plan_report import format_result, make_result, write_csv
+from megatron_emo.scaling.plans.plan_report import format_result, make_result, write_table
+from megatron_emo.whole_files import write_json
 
 MAX_SHOWN = 20
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> dict:
     if args.json:
         write_json(args.json, result)
     if args.csv:
-        write_csv(args.csv, result["runs"])
+        write_table(args.csv, result["runs"])
     print("\n".join(format_result(result)))
     return result
 

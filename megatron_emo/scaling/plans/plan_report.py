@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron_emo.evaluation.records import provenance
 from megatron_emo.scaling.counts.devices import GIB, Device
 from megatron_emo.scaling.plans.plan import Plan, Problem, Run
 from megatron_emo.scaling.plans.plan_checks import USABLE_MEMORY
 from megatron_emo.scaling.plans.run_arguments import megatron_arguments
+from megatron_emo.whole_files import write_csv
 
 SCHEMA = "megatron_emo.scaling_plan/1"
 
@@ -116,17 +115,9 @@ def make_result(plan: Plan, device: Device, warnings: Sequence[Problem]) -> dict
     }
 
 
-def write_csv(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
+def write_table(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     """Write a row for each run, whole or not at all; `fit` and `compare` read it with a loss."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    names = [name for name in rows[0] if name not in ("config", "arguments")]
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    write_csv(path, [name for name in rows[0] if name not in ("config", "arguments")], rows)
 
 
 _COLUMNS = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_emo.evaluation.records import Record
 from megatron_emo.scaling.running.finished_runs import NUMBERS, FinishedRun
 from megatron_emo.scaling.running.score import BITS, LOSS
+from megatron_emo.whole_files import write_csv
 
 COLUMNS = (
     *("name", "label", "objective", "seed", "size", "budget"),
@@ -44,9 +43,4 @@ def make_row(run: FinishedRun, records: Sequence[Record], output: Path) -> dict:
 
 def write_table(path: Path, rows: Sequence[dict]) -> None:
     """Write the rows, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, path)
+    write_csv(path, COLUMNS, rows)

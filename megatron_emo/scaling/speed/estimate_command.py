@@ -18,7 +18,6 @@ from pathlib import Path
 from megatron_emo.foreign_files import read_json_object
 from megatron_emo.scaling.counts.devices import DEVICES
 from megatron_emo.scaling.counts.memory import MOST_GPUS
-from megatron_emo.scaling.laws.fit_report import write_json
 from megatron_emo.scaling.plans.plan_file import PlanError
 from megatron_emo.scaling.speed.cluster import Cluster, cluster_of
 from megatron_emo.scaling.speed.cluster_measure import cluster_from_entry, measure_machine
@@ -27,6 +26,7 @@ from megatron_emo.scaling.speed.estimate_against import compare_measured, summar
 from megatron_emo.scaling.speed.estimate_report import describe_ranking, format_result, make_result
 from megatron_emo.scaling.speed.throughput_command import read_result
 from megatron_emo.scaling.speed.throughput_file import StudySpec, read_study_file
+from megatron_emo.whole_files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

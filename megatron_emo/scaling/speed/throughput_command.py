@@ -19,13 +19,13 @@ import os
 from pathlib import Path
 
 from megatron_emo.foreign_files import read_json_object
-from megatron_emo.scaling.laws.fit_report import write_json
 from megatron_emo.scaling.plans.plan_file import PlanError
-from megatron_emo.scaling.plans.plan_report import write_csv
+from megatron_emo.scaling.plans.plan_report import write_table
 from megatron_emo.scaling.speed.throughput import Measured, read_cell, run_cells
 from megatron_emo.scaling.speed.throughput_cells import Cell, Timing, make_cells
 from megatron_emo.scaling.speed.throughput_file import read_study_file
 from megatron_emo.scaling.speed.throughput_report import format_result, make_result, make_rows
+from megatron_emo.whole_files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict:
         write_json(path, result)
     for path in filter(None, (output / "throughput.csv", args.csv)):
         if rows:
-            write_csv(path, rows)
+            write_table(path, rows)
     print("\n".join(format_result(result)))
     if failed or failure:
         raise PlanError(failure or f"failed: {'; '.join(failed)}")

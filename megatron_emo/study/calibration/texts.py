@@ -7,8 +7,6 @@ python -m megatron_emo.study.calibration.texts --text wiki.train.tokens --senten
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from megatron_emo.evaluation.records import hash_file
 from megatron_emo.study.language_modeling.corpora import DOMAINS, Groups, read_files
+from megatron_emo.whole_files import write_json, write_json_lines
 
 SENTENCE_RULE = (
     "a sentence ends at . ! or ?, with the quotes and brackets that close after it, before a blank "
@@ -133,7 +132,7 @@ def write_texts(
     _write(output / "train.jsonl", documents)
     sources = {path.name: hash_file(path) for path in (*training, *evaluation.values())}
     about = {"sentences": num_sentences, "sentence_rule": SENTENCE_RULE, "sha256": sources}
-    _replace(output / "sources.json", json.dumps(about, indent=1) + "\n")
+    write_json(output / "sources.json", about)
     return "\n".join(lines)
 
 
@@ -142,13 +141,7 @@ def _size(texts: Sequence[str]) -> str:
 
 
 def _write(path: Path, texts: Sequence[str]) -> None:
-    _replace(path, "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_json_lines(path, ({"text": text} for text in texts))
 
 
 def parse_named_files(flag: str, texts: Sequence[str]) -> dict[str, Path]:

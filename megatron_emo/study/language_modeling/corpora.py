@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from megatron_emo.evaluation.prompts import DOMAINS as PROMPT_LENGTHS
 from megatron_emo.evaluation.prompts import Lengths, make_prompts, write_prompts
 from megatron_emo.evaluation.records import hash_file
+from megatron_emo.whole_files import write_json, write_json_lines
 
 SPLITS = ("train", "valid", "test")
 PASSAGE_WORDS = 150
@@ -215,22 +215,15 @@ def write_domain(
     prompts = make_prompts(documents["test"], lengths, num_prompts)
     folder.mkdir(parents=True, exist_ok=True)
     for split, texts in documents.items():
-        rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        _replace(folder / f"{split}.jsonl", rows)
+        write_json_lines(folder / f"{split}.jsonl", ({"text": text} for text in texts))
     write_prompts(folder / "prompts.jsonl", prompts)
     hashes = {path.name: hash_file(path) for path in sources}
-    _replace(folder / "sources.json", json.dumps(hashes, indent=1) + "\n")
+    write_json(folder / "sources.json", hashes)
     counts = ", ".join(
         f"{split} {len(texts):,} documents of {sum(len(t.split()) for t in texts):,} words"
         for split, texts in documents.items()
     )
     return f"{name}: {counts}; {len(prompts)} prompts of {lengths.prompt} words"
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def parse_files(texts: Sequence[str]) -> dict[str, tuple[Path, Path, Path]]:

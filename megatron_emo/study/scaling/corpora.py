@@ -7,8 +7,6 @@ python -m megatron_emo.study.scaling.corpora --name wikitext --root ../shared/da
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from megatron_emo.study.language_modeling.corpora import (
     read_tinystories,
     read_wikitext,
 )
+from megatron_emo.whole_files import write_json_lines
 
 HELD_OUT_BYTES = 120_000
 """Of UTF-8 text: some 60,000 tokens of 2 bytes, a few seconds of scoring a small model."""
@@ -77,11 +76,7 @@ def _take_new(texts: Iterable[str], seen: set[str]) -> list[str]:
 
 def write_texts(path: Path, texts: Sequence[str]) -> None:
     """Write a JSON object a line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    rows = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    part.write_text(rows, encoding="utf-8")
-    os.replace(part, path)
+    write_json_lines(path, ({"text": text} for text in texts))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from megatron_emo.whole_files import write_whole
+
 
 def add_data(template: str, data: Mapping[str, str]) -> str:
     """Return the plan's text with a section `data:` behind it.
@@ -58,10 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         text = add_data(args.template.read_text(encoding="utf-8"), data)
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise SystemExit(f"write_plan: {args.template}: {error}") from error
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    part = args.output.with_name(f".{args.output.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, args.output)
+    write_whole(args.output, text)
 
 
 if __name__ == "__main__":
